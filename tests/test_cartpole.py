@@ -1,0 +1,411 @@
+"""Tests of lesson 1: train_cartpole.py and cartpoleinference.py."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+import cartpoleinference
+import train_cartpole as lesson
+
+ROOT = Path(lesson.__file__).parent
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """Let the lesson write into an empty folder instead of over the shipped weights."""
+    monkeypatch.setattr(lesson, "WEIGHTS_PATH", tmp_path / "w.pth")
+    monkeypatch.setattr(lesson, "CURVE_PATH", tmp_path / "c.png")
+    return tmp_path
+
+
+def run_copy(folder, script="train_cartpole.py", *edits):
+    """Run the script as a person would: in a folder of its own, Settings edited."""
+    for name in ("train_cartpole.py", "cartpoleinference.py"):
+        (folder / name).write_text((ROOT / name).read_text())
+    text = (folder / script).read_text()
+    for old, new in edits:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (folder / script).write_text(text)
+    return subprocess.run(
+        [sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+
+
+def assert_one_plain_line(done, *words):
+    """The run ended with status 1 and one line on stderr that holds these words."""
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+# ------------------------------------------------------------------------------------
+# The equations
+# ------------------------------------------------------------------------------------
+
+
+def test_returns_to_go_equals_the_double_loop():
+    torch.manual_seed(0)
+    rewards, gamma = torch.randn(30, 4), 0.9
+    expected = torch.zeros_like(rewards)
+    for t in range(30):
+        for later in range(t, 30):
+            expected[t] += gamma ** (later - t) * rewards[later]
+    assert torch.allclose(lesson.returns_to_go(rewards, gamma), expected, atol=1e-5)
+
+
+def test_the_docstring_cases_worked_by_hand():
+    returns = lesson.returns_to_go(torch.ones(3), 0.5)
+    assert returns.tolist() == [1.75, 1.5, 1.0]
+    normal = lesson.normalise(torch.tensor([1.0, 2.0, 3.0]))
+    assert normal.tolist() == pytest.approx([-1.2247, 0, 1.2247], abs=1e-4)
+    loss = lesson.reinforce_loss(
+        torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 3.0])
+    )
+    assert loss.item() == pytest.approx(1.3863, abs=1e-4)
+
+
+def test_padding_after_the_end_adds_nothing_to_the_returns():
+    rewards = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+    returns = lesson.returns_to_go(rewards, 1.0)
+    assert returns[:, 0].tolist() == [2, 1, 0]
+    assert returns[:, 1].tolist() == [3, 2, 1]
+
+
+def test_equal_returns_give_zero_and_not_noise():
+    assert lesson.normalise(torch.full((8,), 0.3)).abs().max() < 0.1
+
+
+def test_one_step_makes_a_good_action_likelier_and_a_bad_one_rarer():
+    for sign in (1.0, -1.0):
+        logits = torch.zeros(2, requires_grad=True)
+        loss = lesson.reinforce_loss(logits.log_softmax(0)[:1], torch.tensor([sign]))
+        loss.backward()
+        after = (logits - 0.1 * logits.grad).softmax(0)[0]
+        assert (after > 0.5) == (sign > 0)
+
+
+def two_step_game(logits, actions):
+    """A game of two steps: state 0, then state 1 + a_0. Log-probs and rewards (2,)."""
+    first, second = actions
+    log_probs = logits.log_softmax(1)
+    rewards = torch.tensor(
+        [[1.0, -2.0][first], [[3.0, 0.0], [-1.0, 5.0]][first][second]]
+    )
+    return torch.stack([log_probs[0, first], log_probs[1 + first, second]]), rewards
+
+
+def test_sampled_gradients_average_to_the_exact_policy_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2, requires_grad=True)
+    objective, games = 0, list(itertools.product((0, 1), repeat=2))
+    for actions in games:
+        log_probs, rewards = two_step_game(logits, actions)
+        objective = objective + log_probs.sum().exp() * rewards.sum()
+    exact = torch.autograd.grad(objective, logits)[0]
+
+    probabilities = [
+        two_step_game(logits, game)[0].sum().exp().item() for game in games
+    ]
+    draws = np.random.default_rng(0).multinomial(2_000_000, probabilities)
+    sampled = torch.zeros_like(exact)
+    for game, count in zip(games, draws, strict=True):
+        log_probs, rewards = two_step_game(logits, game)
+        loss = lesson.reinforce_loss(log_probs, lesson.returns_to_go(rewards, 1.0))
+        # The loss is a mean over the 2 steps, and its minimum the objective's maximum.
+        gradient = torch.autograd.grad(loss, logits)[0]
+        sampled += -2 * gradient * count / 2_000_000
+    assert torch.allclose(sampled, exact, atol=0.01)
+    assert exact.abs().max() > 0.1
+
+
+# ------------------------------------------------------------------------------------
+# Collecting data
+# ------------------------------------------------------------------------------------
+
+
+def to_the_right(observations):
+    return torch.tensor([[0.0, 50.0]]).repeat(len(observations), 1)
+
+
+def test_every_step_of_an_episode_is_kept_and_none_after_its_end():
+    torch.manual_seed(0)
+    env = lesson.make_fast_env(8)
+    policy = lesson.PolicyNetwork(16)
+    observations, actions, rewards, alive = lesson.play_episodes(env, policy, seed=3)
+    assert (
+        observations.shape == (*actions.shape, 4)
+        and observations.dtype == torch.float32
+    )
+    lengths = rewards.sum(0)
+    assert alive.sum(0).tolist() == lengths.tolist()
+    assert lengths.max() == len(rewards) and lengths.min() < lengths.max()
+    for column, length in enumerate(lengths.int()):
+        assert alive[:length, column].all() and not alive[length:, column].any()
+
+
+def test_observation_and_action_of_one_index_belong_together():
+    torch.manual_seed(0)
+    env = lesson.make_fast_env(4)
+    policy = lesson.PolicyNetwork(16)
+    observations, actions, _, alive = lesson.play_episodes(env, policy, seed=3)
+    single = gym.make(lesson.ENV_ID).unwrapped
+    for t, column in alive[1:].nonzero().tolist():
+        single.reset()
+        single.state = observations[t, column].double().numpy()
+        following, *_ = single.step(actions[t, column].item())
+        assert following == pytest.approx(observations[t + 1, column].numpy(), abs=1e-5)
+
+
+def test_an_episode_truncated_at_500_loses_nothing():
+    policy = lesson.load_policy(ROOT / "cartpole_reinforce.pth")
+    env = lesson.make_fast_env(2)
+    _, _, rewards, alive = lesson.play_episodes(env, policy, greedy=True, seed=0)
+    assert rewards.sum(0).tolist() == [500, 500]
+    assert alive.shape == (500, 2) and alive.all()
+
+
+def test_greedy_play_takes_the_likeliest_action_and_sampling_draws():
+    env = lesson.make_fast_env(4)
+    _, actions, _, _ = lesson.play_episodes(env, to_the_right, greedy=True, seed=0)
+    assert (actions == 1).all()
+    torch.manual_seed(0)
+    _, actions, _, alive = lesson.play_episodes(
+        env, cartpoleinference.random_policy, seed=0
+    )
+    assert 0.2 < actions[alive].float().mean() < 0.8
+
+
+def test_fast_and_plain_environment_give_the_same_scores():
+    fast = lesson.make_fast_env(200)
+    _, _, rewards, _ = lesson.play_episodes(fast, to_the_right, greedy=True, seed=0)
+    plain = lesson.evaluate(to_the_right, 200, 0, greedy=True)
+    assert rewards.sum(0).mean().item() == pytest.approx(plain.mean().item(), abs=0.3)
+
+
+# ------------------------------------------------------------------------------------
+# Learning
+# ------------------------------------------------------------------------------------
+
+
+def test_training_from_scratch_solves_cartpole_and_the_eval_script_loads_it(
+    in_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(lesson, "SEED", 1)
+    lesson.main()
+    printed = capsys.readouterr().out
+    assert "-- 195 after" in printed and "-- 475 after" in printed
+    assert f"Written: {lesson.WEIGHTS_PATH.name}" in printed
+    assert Image.open(lesson.CURVE_PATH).size == (960, 480)
+    assert sorted(p.name for p in in_folder.iterdir()) == ["c.png", "w.pth"]
+
+    policy = cartpoleinference.load_policy(lesson.WEIGHTS_PATH)
+    held_out = lesson.evaluate(policy, 100, 2_000_000, greedy=True)
+    assert held_out.mean() >= 490
+    before = lesson.evaluate(lesson.PolicyNetwork(), 100, 2_000_000, greedy=True)
+    assert before.mean() < 100
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(in_folder, monkeypatch):
+    monkeypatch.setattr(lesson, "MAX_EPISODES", 96)
+    monkeypatch.setattr(lesson, "HELD_OUT_EPISODES", 2)
+    weights = []
+    for seed in (0, 0, 1):
+        monkeypatch.setattr(lesson, "SEED", seed)
+        with pytest.raises(SystemExit):
+            lesson.main()
+        policy = lesson.load_policy(in_folder / "w_unsolved.pth")
+        weights.append(torch.cat([p.flatten() for p in policy.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_one_episode_an_update_is_the_textbook_and_learns(in_folder, monkeypatch):
+    monkeypatch.setattr(lesson, "EPISODES_PER_UPDATE", 1)
+    monkeypatch.setattr(lesson, "LEARNING_RATE", 0.005)
+    monkeypatch.setattr(lesson, "MAX_EPISODES", 250)
+    with pytest.raises(SystemExit):
+        lesson.main()
+    policy = lesson.load_policy(in_folder / "w_unsolved.pth")
+    assert lesson.evaluate(policy, 50, 2_000_000, greedy=True).mean() > 100
+
+
+def test_the_shipped_weights_balance_on_held_out_seeds():
+    policy = lesson.load_policy(ROOT / "cartpole_reinforce.pth")
+    scores = lesson.evaluate(policy, 100, lesson.HELD_OUT_SEED, greedy=True)
+    assert scores.mean() >= 490
+
+
+def test_importing_trains_nothing_and_writes_nothing(tmp_path):
+    for name in ("train_cartpole.py", "cartpoleinference.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", "import train_cartpole, cartpoleinference"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# ------------------------------------------------------------------------------------
+# The evaluation script
+# ------------------------------------------------------------------------------------
+
+
+def test_without_a_display_the_eval_script_reports_and_writes_a_gif(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setattr(cartpoleinference, "GIF_PATH", tmp_path / "show.gif")
+    cartpoleinference.main()
+    printed = capsys.readouterr().out
+    greedy, sampled, random = (
+        float(line.split()[1])
+        for line in printed.splitlines()
+        if line.split()[:1] in (["greedy"], ["sampled"], ["random"])
+    )
+    assert greedy >= 490 and sampled >= 450 and 15 < random < 30
+    assert "show.gif" in printed
+    gif = Image.open(tmp_path / "show.gif")  # equal frames in a row are stored as one
+    frames = ImageSequence.Iterator(gif)
+    assert sum(frame.info["duration"] for frame in frames) == 500 * 20
+
+
+# ------------------------------------------------------------------------------------
+# Bad input
+# ------------------------------------------------------------------------------------
+
+
+def test_missing_weights_name_the_command_that_makes_them(tmp_path):
+    done = run_copy(tmp_path, "cartpoleinference.py")
+    assert_one_plain_line(done, "missing", "python train_cartpole.py")
+
+
+class Bomb:
+    """Unpickling this would create the file `boom`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder / "boom"),)
+
+
+@pytest.mark.parametrize("kind", ["damaged", "empty", "foreign", "other env", "code"])
+def test_a_bad_weights_file_is_refused_in_one_line_and_nothing_runs(tmp_path, kind):
+    path = tmp_path / "bad.pth"
+    shipped = torch.load(ROOT / "cartpole_reinforce.pth", weights_only=True)
+    if kind == "damaged":
+        path.write_bytes((ROOT / "cartpole_reinforce.pth").read_bytes()[:2000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "foreign":
+        torch.save(torch.nn.Linear(4, 2).state_dict(), path)
+    elif kind == "other env":
+        torch.save({**shipped, "env_id": "Acrobot-v1"}, path)
+    else:
+        torch.save({**shipped, "weights": Bomb(tmp_path)}, path)
+    with pytest.raises(SystemExit) as stopped:
+        lesson.load_policy(path)
+    assert "bad.pth does not hold a CartPole policy" in stopped.value.code
+    assert "\n" not in stopped.value.code
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LEARNING_RATE", -0.01),
+        ("LEARNING_RATE", "fast"),
+        ("LEARNING_RATE", float("nan")),
+        ("MAX_EPISODES", 0),
+        ("EPISODES_PER_UPDATE", 0),
+        ("EPISODES_PER_UPDATE", 2.5),
+        ("CHECK_EPISODES", 0),
+        ("REPORT_EVERY", 0),
+        ("GAMMA", 1.1),
+        ("HIDDEN_UNITS", True),
+        ("SEED", -1),
+        ("SEED", 500_000),
+    ],
+)
+def test_an_impossible_constant_is_refused_before_anything_runs(
+    in_folder, monkeypatch, capsys, name, value
+):
+    monkeypatch.setattr(lesson, name, value)
+    with pytest.raises(SystemExit) as stopped:
+        lesson.main()
+    assert name in stopped.value.code and repr(value) in stopped.value.code
+    assert capsys.readouterr().out == "" and not list(in_folder.iterdir())
+
+
+def test_several_impossible_constants_are_named_together_without_a_traceback(tmp_path):
+    done = run_copy(
+        tmp_path,
+        "train_cartpole.py",
+        ("GAMMA = 0.99", "GAMMA = 'x'"),
+        ("LEARNING_RATE = 0.02", "LEARNING_RATE = -1"),
+        ("MAX_EPISODES = 4_000", "MAX_EPISODES = 0"),
+    )
+    assert_one_plain_line(done, "GAMMA", "LEARNING_RATE", "MAX_EPISODES")
+
+
+def test_a_spent_budget_is_said_ends_with_status_1_and_keeps_the_good_weights(tmp_path):
+    (tmp_path / "cartpole_reinforce.pth").write_bytes(b"good")
+    done = run_copy(
+        tmp_path, "train_cartpole.py", ("MAX_EPISODES = 4_000", "MAX_EPISODES = 32")
+    )
+    assert_one_plain_line(done, "Not solved within 32 episodes")
+    assert (tmp_path / "cartpole_reinforce.pth").read_bytes() == b"good"
+    assert lesson.load_policy(tmp_path / "cartpole_reinforce_unsolved.pth")
+
+
+def test_ctrl_c_keeps_the_run_under_another_name_and_the_good_weights(tmp_path):
+    (tmp_path / "train_cartpole.py").write_text(
+        (ROOT / "train_cartpole.py").read_text()
+    )
+    (tmp_path / "cartpole_reinforce.pth").write_bytes(b"good")
+    training = subprocess.Popen(
+        [sys.executable, "-u", "train_cartpole.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in training.stdout:
+        if line.startswith("last 100"):
+            break
+    time.sleep(0.3)
+    training.send_signal(signal.SIGINT)
+    printed, errors = training.communicate(timeout=30)
+    assert (training.returncode, errors) == (0, "")
+    assert "Stopped after" in printed
+    assert (tmp_path / "cartpole_reinforce.pth").read_bytes() == b"good"
+    assert lesson.load_policy(tmp_path / "cartpole_reinforce_interrupted.pth")
+
+
+def test_a_crash_while_saving_leaves_the_old_weights_whole(tmp_path, monkeypatch):
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"good")
+
+    def half_written(checkpoint, target):
+        Path(target).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(OSError, match="disk full"):
+        lesson.save_policy(lesson.PolicyNetwork(), path)
+    assert path.read_bytes() == b"good"
