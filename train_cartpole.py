@@ -27,6 +27,24 @@ Where this differs from the book, and why
       is a baseline (section 13.4), the only one here: no value function is learned.
     * The factor gamma^t of the book's update is left out, as nearly everybody does:
       it would fade out what the later steps of an episode have to teach.
+
+Run it
+    python train_cartpole.py     4 seconds on one core of a server CPU, no GPU
+
+What you should see (seeds 0-19, tests/benchmarks/cartpole.py)
+    475 passed after 464 episodes (median; 592 at most), and 500 steps in each of 100
+    held-out greedy episodes, for every seed; 3.9 seconds (median; 7.7 at most).
+
+If it does not learn
+    * The mean climbs, then falls back for good: LEARNING_RATE is too big.
+    * It stays near 150 steps: GAMMA is too small to see the cart leave the track.
+    * It stays near 20 steps: the sign of the loss, or returns that are not normalised.
+
+Try this (seeds 0-2, at most 1,500 episodes)
+    * EPISODES_PER_UPDATE = 1 and LEARNING_RATE = 0.01, the textbook: solved after 304
+      episodes, fewer than with 16, but it takes 23 seconds.
+    * GAMMA = 0.5: one seed of three gets there. The agent lives for two steps ahead.
+    * LEARNING_RATE = 0.2: none does, and the best mean of 100 episodes is 150.
 """
 
 import math
