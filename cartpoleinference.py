@@ -18,6 +18,8 @@ What you should see
     random    about 20: what the task gives to an agent that learned nothing.
 """
 
+import os
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -80,6 +82,10 @@ def print_report(policy: PolicyNetwork) -> None:
 
 def has_display() -> bool:
     """True if a window can be seen: without a screen, SDL draws into the void."""
+    screens = ("DISPLAY", "WAYLAND_DISPLAY")
+    if sys.platform == "linux" and not any(map(os.environ.get, screens)):
+        os.environ["SDL_VIDEODRIVER"] = "dummy"  # or SDL warns that it found no screen
+        return False
     try:
         pygame.display.init()
         return pygame.display.get_driver() not in ("dummy", "offscreen")

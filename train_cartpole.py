@@ -117,6 +117,9 @@ def check_settings() -> None:
             noun = "a whole number" if kind is int else "a number"
             limit = f"from {low:g} to {high:g}" if high < math.inf else f"from {low} up"
             problems.append(f"{name} = {value!r} must be {noun} {limit}")
+    for name in ("WEIGHTS_PATH", "CURVE_PATH"):
+        if not os.access(Path(globals()[name]).parent, os.W_OK):
+            problems.append(f"{name} must lie in a folder that can be written to")
     if problems:
         sys.exit(f"Settings: {'; '.join(problems)}.")
 

@@ -352,6 +352,14 @@ def test_an_impossible_constant_is_refused_before_anything_runs(
     assert capsys.readouterr().out == "" and not list(in_folder.iterdir())
 
 
+def test_a_folder_that_is_not_there_is_refused_before_the_run_and_not_after_it(
+    in_folder, monkeypatch
+):
+    monkeypatch.setattr(lesson, "WEIGHTS_PATH", in_folder / "nowhere" / "w.pth")
+    with pytest.raises(SystemExit, match="WEIGHTS_PATH must lie in a folder"):
+        lesson.main()
+
+
 def test_several_impossible_constants_are_named_together_without_a_traceback(tmp_path):
     done = run_copy(
         tmp_path,
