@@ -1,0 +1,348 @@
+"""A report card for the tic-tac-toe agent, exact to the last game; then you play it.
+
+What you will learn
+    How to judge a player: not by games against itself, and not by a sample of games,
+    but by every line of play, seat by seat, with draws and losses counted apart; and
+    beside it what the best possible player would reach.
+
+Run it
+    python tictactoe_eval.py
+
+    It prints the report card within two seconds and then plays against you for as long
+    as you like. Where standard input is no terminal it ends after the report card.
+"""
+
+import itertools
+import random
+import sys
+from collections.abc import Sequence
+from functools import cache
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from tictactoe_actorcritic import (
+    ACTOR_PATH,
+    CRITIC_PATH,
+    ENV_ID,
+    ActorNetwork,
+    CriticNetwork,
+    against_random,
+    best_moves,
+    follow_every_line,
+    load_actor,
+    load_critic,
+    mask_illegal,
+    play_every_line,
+)
+from tictactoe_env import board_text, legal_moves, play_moves
+
+# ------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------
+
+SHOW_REPORT = True  # False: straight to the game
+SHOW_GAME = True  # False: print the report card and end
+SHOW_PROBABILITIES = True  # how likely the agent was to take each cell
+SHOW_VALUE = True  # how the critic expected the game to end, before the agent's move
+SEED = None  # who begins each game is drawn at random; a whole number repeats the draws
+
+
+def check_settings() -> None:
+    """Stop with one plain line if a setting is impossible, before anything runs."""
+    problems = [
+        f"{name} = {globals()[name]!r} must be True or False"
+        for name in ("SHOW_REPORT", "SHOW_GAME", "SHOW_PROBABILITIES", "SHOW_VALUE")
+        if type(globals()[name]) is not bool
+    ]
+    if SEED is not None and type(SEED) is not int:
+        problems.append(f"SEED = {SEED!r} must be None or a whole number")
+    if problems:
+        sys.exit(f"Settings: {'; '.join(problems)}.")
+
+
+# ------------------------------------------------------------------------------------
+# Perfect play
+# ------------------------------------------------------------------------------------
+
+Board = tuple[int, ...]  # nine cells as the side to move sees them
+EMPTY: Board = (0,) * 9
+
+
+@cache
+def moves_from(board: Board) -> list[tuple[int, float, bool, Board]]:
+    """Every legal move: (cell, reward of the mover, is that the end, next board)."""
+    cells = np.flatnonzero(legal_moves(np.array(board)))
+    boards = np.tile(np.array(board, dtype=np.int8), (len(cells), 1))
+    next_boards, rewards, ended, _ = play_moves(boards, cells)
+    next_boards = map(tuple, next_boards.tolist())
+    columns = (cells.tolist(), rewards.tolist(), ended.tolist(), next_boards)
+    return list(zip(*columns, strict=True))
+
+
+@cache
+def minimax(board: Board) -> float:
+    """How the game ends for the side to move if both sides play perfectly from here.
+
+    v(s) = max_a (reward of a if it ends the game, else -v(s after a))
+
+    The minus turns the view round: what the other side can get is what we lose.
+    By hand: with two of our own in a row and the third cell free, v = 1.
+    """
+    return max(
+        reward if ended else -minimax(after)
+        for _, reward, ended, after in moves_from(board)
+    )
+
+
+def perfect_moves(board: Board) -> list[int]:
+    """The moves that keep what minimax promises; often more than one."""
+    return [
+        cell
+        for cell, reward, ended, after in moves_from(board)
+        if (reward if ended else -minimax(after)) == minimax(board)
+    ]
+
+
+@cache
+def best_win_chance(board: Board) -> float:
+    """The best chance to win against random play that a player has who cannot lose.
+
+    W(s) = max over the safe moves a of   1 or 0 if a ends the game, else
+           mean over the replies b of     0 if b ends it, else W(s after a and b)
+
+    A move is safe if perfect play cannot beat it. This is dynamic programming: an
+    average over what luck does, a maximum over what we do, from the end to the start.
+    """
+    chances = []
+    for _, reward, ended, after in moves_from(board):
+        if ended:
+            chances.append(reward)
+        elif minimax(after) <= 0:  # the other side cannot force a win: safe
+            replies = moves_from(after)
+            wins = [0 if over else best_win_chance(own) for _, _, over, own in replies]
+            chances.append(sum(wins) / len(wins))
+    return max(chances)
+
+
+def best_possible(agent_first: bool) -> float:
+    """best_win_chance of a whole game, from either seat."""
+    if agent_first:
+        return best_win_chance(EMPTY)
+    openings = moves_from(EMPTY)
+    return sum(best_win_chance(after) for *_, after in openings) / len(openings)
+
+
+@cache
+def open_positions() -> list[Board]:
+    """All 4,520 positions that can occur with a move still to make."""
+    found, waiting = {EMPTY}, [EMPTY]
+    while waiting:
+        for _, _, ended, after in moves_from(waiting.pop()):
+            if not ended and after not in found:
+                found.add(after)
+                waiting.append(after)
+    return sorted(found)
+
+
+def perfect_masks(boards: np.ndarray) -> np.ndarray:
+    """1 for each perfect move, else 0: boards (N, 9) -> (N, 9) int8."""
+    masks = np.zeros_like(boards)
+    for row, board in enumerate(boards.tolist()):
+        masks[row, perfect_moves(tuple(board))] = 1
+    return masks
+
+
+# ------------------------------------------------------------------------------------
+# Measuring
+# ------------------------------------------------------------------------------------
+
+
+def best_move(actor: ActorNetwork, board: Sequence[int]) -> int:
+    """The agent's move on one board: nine ints, +1 the side to move. Gives the cell."""
+    return int(best_moves(actor, np.asarray(board, dtype=np.int8)[None])[0])
+
+
+def against_perfect(actor: ActorNetwork, agent_first: bool) -> tuple[int, int, int]:
+    """(wins, draws, losses) over every line in which the other side plays perfectly."""
+    results, _ = follow_every_line(actor, agent_first, perfect_masks)
+    return tuple(int((results == outcome).sum()) for outcome in (1, 0, -1))
+
+
+def perfect_share(actor: ActorNetwork) -> tuple[int, int]:
+    """(positions in which the agent's move is a perfect one, open positions in all)."""
+    boards = np.array(open_positions(), dtype=np.int8)
+    perfect = perfect_masks(boards)[np.arange(len(boards)), best_moves(actor, boards)]
+    return int(perfect.sum()), len(boards)
+
+
+def print_report(actor: ActorNetwork) -> None:
+    """Print how the greedy agent does from both seats, and what would be possible."""
+    seats = [("first", True), ("second", False)]
+    print("Every line of play: the agent's best move against all the other side can do")
+    print("agent moves    lines     wins    draws   losses")
+    for name, first in seats:
+        wins, draws, losses = play_every_line(actor, first)
+        lines = wins + draws + losses
+        print(f"{name:11}{lines:9}{wins:9}{draws:9}{losses:9}")
+
+    print(
+        "\nAgainst random play: exact chances in %, and the most wins that any player"
+    )
+    print("who never loses can have")
+    print("agent moves      win     draw     loss   most wins")
+    for name, first in seats:
+        chances = "".join(f"{100 * c:9.2f}" for c in against_random(actor, first))
+        print(f"{name:11}{chances}{100 * best_possible(first):12.2f}")
+
+    print("\nAgainst perfect play: every line in which the other side follows minimax")
+    print("agent moves    lines     wins    draws   losses")
+    for name, first in seats:
+        wins, draws, losses = against_perfect(actor, first)
+        lines = wins + draws + losses
+        print(f"{name:11}{lines:9}{wins:9}{draws:9}{losses:9}")
+
+    perfect, positions = perfect_share(actor)
+    print(f"\nIts move is one of minimax's best in {perfect:,} of all {positions:,}")
+    print(f"positions that can occur: {100 * perfect / positions:.1f} %")
+
+
+# ------------------------------------------------------------------------------------
+# Playing against a human
+# ------------------------------------------------------------------------------------
+
+
+class Leave(Exception):
+    """The human wants to stop."""
+
+
+def ask(question: str) -> str:
+    """One line from the human, in small letters. Raises Leave at q or end of input."""
+    try:
+        answer = input(question).strip().lower()
+    except EOFError:
+        print()
+        raise Leave from None
+    if answer in ("q", "quit", "exit"):
+        raise Leave
+    return answer
+
+
+def ask_move(board: np.ndarray) -> int:
+    """The human's move: asks again until it is the number of a free cell."""
+    free = [str(cell) for cell in np.flatnonzero(legal_moves(board))]
+    while True:
+        answer = ask("Your move (the number of a cell, q to leave): ")
+        if answer in free:
+            return int(answer)
+        if answer in list("012345678"):
+            print(f"Cell {answer} is taken. Free: {', '.join(free)}.")
+        elif answer:
+            print(f"'{answer}' is not the number of a cell. Free: {', '.join(free)}.")
+        else:
+            print(f"Type the number of a free cell: {', '.join(free)}.")
+
+
+@torch.no_grad()
+def thoughts(
+    actor: ActorNetwork, critic: CriticNetwork, board: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """What the agent makes of `board` (9,): chance of each cell (9,), and the value."""
+    observation = torch.from_numpy(board)[None]
+    masks = torch.from_numpy(legal_moves(board))[None]
+    chances = mask_illegal(actor(observation), masks).softmax(dim=1)[0]
+    return chances.numpy(), critic(observation).item()
+
+
+def chances_text(board: np.ndarray, chances: np.ndarray) -> str:
+    """The chances in %, laid out like board_text; a dot where a stone lay already."""
+    marks = [
+        "  .  " if cell else f"{100 * chance:4.0f} "
+        for cell, chance in zip(board, chances, strict=True)
+    ]
+    rows = ["|".join(marks[start : start + 3]) for start in (0, 3, 6)]
+    return "\n-----+-----+-----\n".join(rows)
+
+
+def picture(board: np.ndarray, beside: str = "") -> str:
+    """The board, moved in a little, with another text of five lines to its right."""
+    lines = itertools.zip_longest(
+        board_text(board).splitlines(), beside.splitlines(), fillvalue=""
+    )
+    return "\n".join(f"    {left}      {right}".rstrip() for left, right in lines)
+
+
+def play_game(actor: ActorNetwork, critic: CriticNetwork, agent_first: bool) -> str:
+    """One game against the human; gives who won: "agent", "you" or "draws"."""
+    env = gym.make(ENV_ID)
+    board, _ = env.reset()
+    agent_mark, your_mark = ("X", "O") if agent_first else ("O", "X")
+    begins = "The agent begins" if agent_first else "You begin"
+    print(f"\n{begins}. You are {your_mark}, the agent is {agent_mark}.\n")
+    if not agent_first:
+        print(f"{picture(board)}\n")
+    agent_to_move, ended = agent_first, False
+    while not ended:
+        if agent_to_move:
+            cell = best_move(actor, board)
+            chances, value = thoughts(actor, critic, board)
+            beside = chances_text(board, chances) if SHOW_PROBABILITIES else ""
+            board, reward, ended, _, _ = env.step(cell)
+            title = "chances it gave to the cells, %" if SHOW_PROBABILITIES else ""
+            print(f"{f'The agent takes {cell}.':21}{title}".rstrip())
+            print(f"{picture(board, beside)}\n")
+            if SHOW_VALUE:
+                print(f"Its critic expected {value:+.2f} (+1 it wins, -1 you win).")
+        else:
+            cell = ask_move(board)
+            board, reward, ended, _, _ = env.step(cell)
+            print(f"\n{picture(board)}\n" if ended else "")
+        agent_to_move = not agent_to_move
+    if reward == 0:
+        print("A draw.")
+        return "draws"
+    # The reward belongs to the side that moved last; the turn has passed since.
+    winner = "you" if agent_to_move else "agent"
+    print("You win!" if winner == "you" else "The agent wins.")
+    return winner
+
+
+def play_until_bored(actor: ActorNetwork, critic: CriticNetwork) -> None:
+    """Game after game, the starting player drawn at random, until the human leaves."""
+    coin = random.Random(SEED)
+    score = {"you": 0, "agent": 0, "draws": 0}
+    try:
+        while True:
+            score[play_game(actor, critic, agent_first=coin.random() < 0.5)] += 1
+            print(score_text(score))
+            answer = ask("Play again? (y or n): ")
+            while answer not in ("y", "yes", "n", "no"):
+                answer = ask("Please type y to play again or n to leave: ")
+            if answer in ("n", "no"):
+                raise Leave
+    except (Leave, KeyboardInterrupt):
+        print(f"\nBye. {score_text(score)}")
+
+
+def score_text(score: dict[str, int]) -> str:
+    """The score so far in one line."""
+    return "Score: " + ", ".join(f"{name} {points}" for name, points in score.items())
+
+
+def main() -> None:
+    """Load the networks, print the report card, play."""
+    check_settings()
+    torch.set_num_threads(1)  # networks this small: more threads only wait
+    actor, critic = load_actor(ACTOR_PATH), load_critic(CRITIC_PATH)
+    try:
+        if SHOW_REPORT:
+            print_report(actor)
+        if SHOW_GAME and sys.stdin is not None and sys.stdin.isatty():
+            play_until_bored(actor, critic)
+    except KeyboardInterrupt:
+        print("\nStopped.")
+
+
+if __name__ == "__main__":
+    main()
