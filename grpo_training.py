@@ -1,0 +1,1010 @@
+"""GRPO: fine-tuning a language model on the scores of a reward model.
+
+What you will learn
+    The last step of RLHF: how a language model, which was only ever taught to predict
+    text, is taught to write what a second model (or a function of yours) rates highly.
+
+The algorithm in 6 steps
+    1. Start from a pretrained language model: the policy. Its state is the text so
+       far, its action the next token.
+    2. Let it write a group of responses to one prompt, drawing every token at random.
+    3. Score each response: the reward, one number for the whole text.
+    4. Compare within the group: a response's advantage is how far its reward is above
+       the group's mean. That mean stands where PPO has a critic.
+    5. One gradient step: make each token of the better responses likelier, of the worse
+       ones rarer. Go back to 2.
+    6. Compare fresh responses from before and after, and save the model.
+
+Symbols (G responses in the group, L tokens of the longest, V tokens of the vocabulary)
+    o_i, o_it   completion_ids  (G, L)  response i, and its token t
+    m_it        mask            (G, L)  1 up to the end of the response, 0 after it
+    r_i         rewards         (G,)    score of response i
+    A_i         advantages      (G,)    the same for every token of response i
+    ln pi       log_probs       (G, L)  of each token, under the policy as it is now
+    ln pi_old   old_log_probs   (G, L)  ... as it was when it wrote the responses
+    ln pi_ref   ref_log_probs   (G, L)  ... under a frozen copy of the first policy
+    rho_it      ratio           (G, L)  pi / pi_old
+
+Where this differs from the paper, and why
+    Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4.1, outcome supervision:
+    * One prompt a step and one gradient step a group, so that this fits on a laptop.
+    * KL_COEF is 0 (theirs: 0.04): no second copy of the model in memory. Over a few
+      dozen small steps the policy does not get far from where it started.
+    * The std has 1e-4 added, equal rewards give exactly 0, the gradient is clipped.
+    * The reward model stays fixed; theirs is trained further now and then.
+    What others changed since: Dr. GRPO (arXiv 2503.20783) drops the division by the std
+    (SCALE_BY_STD = False does this) and that by the response's length, since both weigh
+    some responses more than others. DAPO (arXiv 2503.14476) takes one mean over all
+    tokens of the group, clips less above than below, and draws again where all rewards
+    are equal.
+
+Run it
+    python grpo_training.py                               one GPU, or else the CPU
+    accelerate launch --num_processes 4 grpo_training.py  4 GPUs, one group over all 4
+    torchrun --nproc_per_node 2 grpo_training.py          2 processes on a CPU
+"""
+
+import contextlib
+import copy
+import functools
+import math
+import os
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from huggingface_hub import constants as hub
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+# ------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------
+
+# What to run. A model's name is an id on the Hugging Face hub or a local folder.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+POLICY_MODEL_NAME = "gpt2"  # or gpt2-medium, gpt2-large, EleutherAI/gpt-neo-125M,
+#                             EleutherAI/pythia-410m, facebook/opt-350m
+REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"
+#                   smaller: OpenAssistant/reward-model-deberta-v3-base
+REWARD_FUNCTION = None  # or a function (prompt, responses) -> rewards, one number for
+#                         each response: it takes the reward model's place
+PROMPTS = ["Explain why regular exercise is important."]  # several are taken in turn
+SEED = 0  # below 500,000; the same seed draws the same responses
+
+# Budget
+NUM_STEPS = 50  # groups, and so gradient steps
+NUM_SAMPLES = 8  # G, responses in a group; 2 is the least, more is a steadier gradient
+MAX_NEW_TOKENS = 64  # longer responses are cut here; time grows in proportion
+EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the gain
+
+# Algorithm
+LR = 1e-5  # size of AdamW's step; 1e-4 ruins a pretrained model, 1e-7 does nothing
+TEMPERATURE = 1.0  # of the drawing, and of the log-probabilities that are trained
+TOP_P = 0.95  # draw from the likeliest tokens that together hold 95 %: without the odd
+#               tail, texts read better. But the loss trains the whole distribution, not
+#               the cut one that was drawn from, so its gradient leans a little: nothing
+#               ever drawn speaks for the tail. 1.0 is the exact choice.
+CLIP_EPS = 0.2  # a token stops being pushed once its probability changed by 20 %
+INNER_STEPS = 1  # gradient steps from one group; with 1 the clip never acts
+KL_COEF = 0.0  # pull back to the first policy: 0.04 is the paper's. Above 0, a frozen
+#                copy of the model is kept, which costs its size in memory and some time
+SCALE_BY_STD = True  # divide the advantages by the std of the group's rewards
+MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
+
+# Memory: these change no result, only what is held at once
+MICRO_BATCH_SIZE = 2  # responses that go through the backward pass together
+SAMPLE_BATCH_SIZE = 32  # responses that are written, or scored, together
+GRADIENT_CHECKPOINTING = False  # less memory in the backward pass, a third more time
+
+# Files, written beside this script
+SAVE_DIR = "trained_model"
+CURVE_PATH = Path(__file__).with_name("grpo_learning_curve.png")
+USE_WANDB = False  # also send the figures to Weights & Biases (pip install wandb)
+
+# Seeds for two purposes that never share a response: training draws from SEED, the
+# comparison of before and after from HELD_OUT_SEED.
+HELD_OUT_SEED = 1_000_000
+
+
+def check_settings() -> None:
+    """Stop with one plain line if a setting is impossible, before anything runs."""
+    limits = {  # name: (type, lowest, highest)
+        "SEED": (int, 0, 499_999),
+        "NUM_STEPS": (int, 1, math.inf),
+        "NUM_SAMPLES": (int, 2, math.inf),
+        "MAX_NEW_TOKENS": (int, 1, math.inf),
+        "EVAL_SAMPLES": (int, 1, math.inf),
+        "LR": (float, 1e-9, 1),
+        "TEMPERATURE": (float, 0.01, 100),
+        "TOP_P": (float, 0.01, 1),
+        "CLIP_EPS": (float, 0.001, 1),
+        "INNER_STEPS": (int, 1, math.inf),
+        "KL_COEF": (float, 0, math.inf),
+        "MAX_GRAD_NORM": (float, 1e-6, math.inf),
+        "MICRO_BATCH_SIZE": (int, 1, math.inf),
+        "SAMPLE_BATCH_SIZE": (int, 1, math.inf),
+    }
+    problems = []
+    for name, (kind, low, high) in limits.items():
+        value = globals()[name]
+        if type(value) not in (int, kind) or not low <= value <= high:
+            noun = "a whole number" if kind is int else "a number"
+            limit = f"from {low:g} to {high:g}" if high < math.inf else f"from {low} up"
+            problems.append(f"{name} = {value!r} must be {noun} {limit}")
+    for name in ("SCALE_BY_STD", "GRADIENT_CHECKPOINTING", "USE_WANDB"):
+        if type(globals()[name]) is not bool:
+            problems.append(f"{name} = {globals()[name]!r} must be True or False")
+    for name in ("POLICY_MODEL_NAME", "REWARD_MODEL_NAME", "SAVE_DIR"):
+        if not isinstance(globals()[name], str | Path) or not str(globals()[name]):
+            problems.append(f"{name} = {globals()[name]!r} must be a name or a folder")
+    texts = PROMPTS if isinstance(PROMPTS, list) and PROMPTS else [None]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        problems.append(f"PROMPTS = {PROMPTS!r} must be a list of texts, none empty")
+    if REWARD_FUNCTION is not None and not callable(REWARD_FUNCTION):
+        problems.append(f"REWARD_FUNCTION = {REWARD_FUNCTION!r} must be a function")
+    if DEVICE not in ("cpu", "cuda"):
+        problems.append(f'DEVICE = {DEVICE!r} must be "cpu" or "cuda"')
+    elif DEVICE == "cuda" and not torch.cuda.is_available():
+        problems.append('DEVICE = "cuda", but PyTorch sees no GPU here')
+    if problems:
+        stop(f"Settings: {'; '.join(problems)}.")
+
+
+def stop(line: str) -> None:
+    """End with status 1 and one line, printed once if there are several processes."""
+    sys.exit(line if os.environ.get("RANK", "0") == "0" else 1)
+
+
+# ------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------
+
+
+def start_accelerator(device: str, group_sizes: dict[str, int]) -> Accelerator:
+    """Join the other processes, if this was launched as one of several.
+
+    `group_sizes`: settings that are shared out over the processes, by name.
+
+    Errors: FSDP or DeepSpeed, which cut the model itself into pieces, and sizes that
+    the processes cannot share evenly, end the program with one line and status 1.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            stop(
+                f"Launched with {name}, which this script does not support: the whole "
+                "model must fit in each process. Launch it with --multi_gpu instead."
+            )
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    count = accelerator.num_processes
+    for name, size in group_sizes.items():
+        if size % count:
+            stop(f"{name} = {size} cannot be shared evenly by {count} processes.")
+    return accelerator
+
+
+def hub_answers(seconds: float = 5.0) -> bool:
+    """True if the Hugging Face hub answers within this time.
+
+    The libraries try for up to a minute before they give up. The thread is there since
+    looking up a server's name may hang for longer than any timeout.
+    """
+    answers = []
+
+    def ask():
+        try:
+            urllib.request.urlopen(hub.ENDPOINT, timeout=seconds)
+            answers.append("yes")
+        except urllib.error.HTTPError:
+            answers.append("yes, though with an error")
+        except OSError:
+            pass
+
+    if not hub.HF_HUB_OFFLINE:
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(seconds)
+    return bool(answers)
+
+
+def load_pretrained(loader: type, name: str, setting: str, **options):
+    """`loader.from_pretrained(name)`: from a folder, the cache, or else the hub.
+
+    `setting` is the constant that holds the name, for the error's sake.
+
+    Errors: whatever cannot be had or read ends the program with one line and status 1.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name = str(folder)
+    elif folder.is_absolute() or str(name).startswith((".", "~")):
+        stop(f"{setting}: there is no folder {name}.")
+    try:
+        with contextlib.suppress(OSError):  # neither a folder nor in the cache
+            return loader.from_pretrained(name, local_files_only=True, **options)
+        if not folder.is_dir() and not hub_answers():
+            stop(
+                f"{setting}: {name} is neither a folder nor in the cache, and the "
+                "Hugging Face hub cannot be reached. Connect to the internet once, or "
+                f"set {setting} to a folder that holds the model."
+            )
+        return loader.from_pretrained(name, **options)
+    except Exception as problem:  # a damaged or odd model can fail in any way at all
+        reason = str(problem).strip().split("\n")[0]
+        stop(f"{setting}: {name} cannot be loaded ({reason}).")
+
+
+def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model; errors as in `load_pretrained`."""
+    tokenizer = load_pretrained(AutoTokenizer, name, setting)
+    # A folder without tokenizer files gives an empty tokenizer and no error.
+    if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
+        stop(f"{setting}: {name} has no tokenizer beside the model.")
+    if tokenizer.pad_token is None:  # gpt2 has none; what is padded is masked anyway
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(
+    name: str, setting: str = "POLICY_MODEL_NAME", checkpointing: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The language model and its tokenizer; errors as in `load_pretrained`."""
+    tokenizer = load_tokenizer(name, setting)
+    if tokenizer.eos_token_id is None:
+        stop(f"{setting}: the tokenizer of {name} has no end-of-text token.")
+    config = load_pretrained(AutoConfig, name, setting)
+    if checkpointing:  # works in train() mode only, so dropout has to go another way
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+    # float32: in bfloat16 a step of LR = 1e-5 is lost in the rounding of most weights.
+    policy = load_pretrained(
+        AutoModelForCausalLM, name, setting, config=config, dtype=torch.float32
+    )
+    if checkpointing:
+        enable = getattr(  # renamed within transformers 5
+            policy, "activation_checkpointing_enable", None
+        )
+        (enable or policy.gradient_checkpointing_enable)({"use_reentrant": False})
+    # eval() switches dropout off and nothing else; gradients flow as before. With
+    # dropout, gpt2's ratio is anything from 0.87 to 1.09 before its first step.
+    return policy.eval(), tokenizer
+
+
+def load_reward_model(
+    name: str, setting: str = "REWARD_MODEL_NAME"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The reward model and its tokenizer; errors as in `load_pretrained`, and these:
+
+    a number of outputs other than one, and a head (the last layer, which gives the
+    score) that is not in the file: transformers would fill it with random numbers.
+    """
+    config = load_pretrained(AutoConfig, name, setting)
+    if config.num_labels != 1:
+        stop(f"{setting}: {name} has {config.num_labels} outputs instead of 1 score.")
+    tokenizer = load_tokenizer(name, setting)
+    config.pad_token_id = tokenizer.pad_token_id
+    model, report = load_pretrained(
+        AutoModelForSequenceClassification,
+        name,
+        setting,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        stop(f"{setting}: {name} is no trained reward model, it lacks {missing}.")
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def check_prompts(
+    prompts: list[str], tokenizer: PreTrainedTokenizerBase, room: int, setting: str
+) -> None:
+    """Stop with one line if a prompt has more than `room` tokens."""
+    for prompt in prompts:
+        length = len(tokenizer(prompt).input_ids)
+        if length > room:
+            stop(
+                f"PROMPTS: {prompt[:30]!r}... has {length} tokens, but the context of "
+                f"{setting} leaves room for {room}."
+            )
+
+
+def save_model(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write a folder that `transformers` loads, each file whole or not at all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    policy.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in temporary.iterdir():
+        os.replace(file, folder / file.name)
+    temporary.rmdir()
+
+
+# ------------------------------------------------------------------------------------
+# The equations
+# ------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True) -> torch.Tensor:
+    """Advantages: how much better each response is than its group's average.
+
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4)
+
+    DeepSeekMath, section 4.1.2. `scale_by_std=False` leaves out the division, as Dr.
+    GRPO does. Equal rewards give exactly 0: their std may come out as 3e-8 instead of
+    0, and dividing one rounding error by another gives noise the size of a reward.
+
+    `rewards` (G,) float32 of one prompt's responses gives (G,).
+    By hand: rewards = [0, 1, 2]  ->  mean 1, std 1  ->  [-0.9999, 0, 0.9999].
+    """
+    centred = rewards - rewards.mean()
+    if centred.abs().max() <= 1e-6 * rewards.abs().max():
+        return torch.zeros_like(rewards)
+    return centred / (rewards.std() + 1e-4) if scale_by_std else centred
+
+
+def completion_mask(completion_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """1 for every token of the response, its first end-of-text token included.
+
+    m_it = 1 if no token before t ended the text, else 0
+
+    The end is a choice that the policy made, so it is trained as every other token;
+    what stands after it is only there to fill the row up.
+
+    `completion_ids` (G, L) int64 gives (G, L) int64.
+    By hand: ids = [5, 7, EOS, EOS]  ->  [1, 1, 1, 0].
+    """
+    ends = (completion_ids == eos_token_id).long()
+    return (ends.cumsum(1) - ends == 0).long()
+
+
+def completion_log_probs(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_length: int,
+    temperature: float,
+) -> torch.Tensor:
+    """Log-probability of each token of the response, given all tokens before it.
+
+    ln pi(o_t | q, o_<t) = z_t[o_t] - ln sum_v exp(z_t[v]),   z_t = logits / temperature
+
+    `input_ids` (G, P + L): prompt and response, whose length L is `completion_length`;
+    `attention_mask` (G, P + L): 0 where a row is only filled up, on either side. Gives
+    (G, L) float32. The logits at place t are about the token at t + 1, so the last
+    token of the prompt is where the first token of the response was chosen.
+    By hand: two tokens, logits [0, ln 3], token 1 was drawn  ->  ln(3/4) = -0.2877.
+    """
+    # Counted from the first real token: else padding on the left would shift the text.
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        logits_to_keep=completion_length + 1,  # none for the prompt: saves memory
+    ).logits[:, :-1]  # (G, L, V), by far the largest tensor here
+    logits = logits.float() / temperature if temperature != 1 else logits.float()
+    tokens = input_ids[:, -completion_length:, None]
+    return logits.gather(2, tokens).squeeze(2) - logits.logsumexp(2)
+
+
+def kl_estimate(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
+    """How far the policy has moved from the reference, estimated token by token.
+
+    k3 = pi_ref/pi - ln(pi_ref/pi) - 1
+
+    DeepSeekMath, eq. (4). Never negative, and 0 where both agree. Its mean over tokens
+    drawn from pi is KL(pi || pi_ref); its *gradient*, though, is that of the reverse,
+    KL(pi_ref || pi). The paper uses it all the same, and so do we.
+
+    Both (G, L), gives (G, L).
+    By hand: pi = 0.5, pi_ref = 0.25  ->  0.5 - ln 0.5 - 1 = 0.1931.
+    """
+    log_ratio = ref_log_probs - log_probs
+    return log_ratio.exp() - log_ratio - 1
+
+
+def grpo_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    ref_log_probs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    clip_eps: float,
+    kl_coef: float,
+) -> torch.Tensor:
+    """The loss to minimise: push up what did well, a little, and stay near home.
+
+    rho_it = pi(o_it) / pi_old(o_it)
+    J_it   = min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i) - beta k3_it
+    loss   = -mean_i( mean_t J_it )
+
+    DeepSeekMath, eq. (3). On the first step from a group rho is 1 everywhere and the
+    loss is about 0, because the advantages add up to 0. Its gradient is not 0, and the
+    gradient is what trains: d rho = d ln pi, the policy gradient.
+
+    `log_probs`, `old_log_probs`, `ref_log_probs` (None without KL) and `mask` (G, L),
+    `advantages` (G,); beta is `kl_coef`. Gives a scalar.
+    By hand: one token, pi = 0.6, pi_old = 0.4, A = 1, eps = 0.2  ->  rho = 1.5 is
+    clipped to 1.2  ->  loss -1.2, and no gradient. With A = -1  ->  loss 1.5.
+    """
+    # Filler tokens to 0 *before* exp: exp(1000) * 0 is nan, and so would be everything.
+    filler = mask == 0
+    log_probs = log_probs.masked_fill(filler, 0.0)
+    ratio = (log_probs - old_log_probs.masked_fill(filler, 0.0)).exp()
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    advantages = advantages.unsqueeze(1)  # (G, 1): every token of a response alike
+    objective = torch.min(ratio * advantages, clipped * advantages)
+    if ref_log_probs is not None:
+        ref_log_probs = ref_log_probs.masked_fill(filler, 0.0)
+        objective = objective - kl_coef * kl_estimate(log_probs, ref_log_probs)
+    objective = objective.masked_fill(filler, 0.0)
+    return -(objective.sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# ------------------------------------------------------------------------------------
+# Collecting data
+# ------------------------------------------------------------------------------------
+
+Score = Callable[[str, list[str]], torch.Tensor]  # (prompt, n responses) -> (n,)
+
+
+def draw_tokens(
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    generators: list[torch.Generator],
+) -> torch.Tensor:
+    """Draw one token for each row, from the likeliest that together hold `top_p`.
+
+    Drawn from all tokens, and drawn again as long as those likelier than the one drawn
+    hold top_p or more by themselves. That gives the same distribution as sorting the
+    whole vocabulary and cutting it, but sorting 50,000 numbers takes far longer.
+
+    `logits` (n, V); each row draws from its own generator. Gives (n,) int64.
+    """
+    probs = (logits.float() / temperature).softmax(1)
+    tokens = torch.cat(
+        [
+            torch.multinomial(row, 1, generator=generator)
+            for row, generator in zip(probs, generators, strict=True)
+        ]
+    )
+    while top_p < 1:
+        chosen = probs.gather(1, tokens.unsqueeze(1))
+        likelier = torch.where(probs > chosen, probs, 0).sum(1)
+        again = (likelier >= top_p).nonzero().flatten().tolist()
+        if not again:
+            break
+        for i in again:
+            tokens[i] = torch.multinomial(probs[i], 1, generator=generators[i])
+    return tokens
+
+
+@torch.no_grad()
+def generate_group(
+    policy: PreTrainedModel,
+    prompt_ids: torch.Tensor,
+    eos_token_id: int,
+    seeds: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+) -> torch.Tensor:
+    """Let the policy write one response for each seed, `batch_size` at a time.
+
+    A response depends on its own seed only, not on which others are written beside it,
+    so that it is the same in any batch, on one process or on several.
+
+    `prompt_ids` (1, P). Gives (n, max_new_tokens) int64; after a response's end, the
+    end-of-text token is repeated.
+    """
+    device, batches = prompt_ids.device, []
+    for start in range(0, len(seeds), batch_size):
+        generators = [
+            torch.Generator(device).manual_seed(seed)
+            for seed in seeds[start : start + batch_size]
+        ]
+        rows = len(generators)
+        batch = torch.full((rows, max_new_tokens), eos_token_id, device=device)
+        ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        # The prompt is read once, for all rows. The cache keeps what attention needs of
+        # the tokens read so far: each step then costs one token, not the whole text.
+        output = policy(prompt_ids, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(rows)
+        logits = output.logits[:, -1].expand(rows, -1)  # (rows, V)
+        if logits.isnan().any():
+            stop("The policy's output is not a number: the model is damaged.")
+        for t in range(max_new_tokens):
+            tokens = draw_tokens(logits, temperature, top_p, generators)
+            batch[:, t] = torch.where(ended, eos_token_id, tokens)
+            ended |= tokens == eos_token_id
+            if ended.all() or t == max_new_tokens - 1:
+                break
+            output = policy(batch[:, t : t + 1], past_key_values=cache, use_cache=True)
+            logits = output.logits[:, -1]
+        batches.append(batch)
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def score_responses(
+    reward_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    responses: list[str],
+    batch_size: int,
+) -> torch.Tensor:
+    """Rewards (n,) float32: the reward model's score of each (prompt, response) pair.
+
+    The tokenizer joins the pair with its own marks between the two, as the model was
+    trained. A pair that is too long loses the end of the response, never the prompt.
+    """
+    rewards = []
+    for start in range(0, len(responses), batch_size):
+        batch = responses[start : start + batch_size]
+        inputs = tokenizer(
+            [prompt] * len(batch),
+            batch,
+            truncation="only_second",
+            max_length=context_length(reward_model, tokenizer),
+            padding=True,
+            return_tensors="pt",
+        ).to(reward_model.device)
+        rewards.append(reward_model(**inputs).logits[:, 0].float())
+    return torch.cat(rewards)
+
+
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Most tokens that the model reads at once."""
+    return min(model.config.max_position_embeddings, tokenizer.model_max_length)
+
+
+def call_reward_function(
+    function: Callable, device: torch.device, prompt: str, responses: list[str]
+) -> torch.Tensor:
+    """Rewards (n,) float32 from REWARD_FUNCTION, which must give one for each text."""
+    try:
+        rewards = torch.tensor([float(x) for x in function(prompt, responses)])
+    except (TypeError, ValueError) as problem:
+        stop(f"REWARD_FUNCTION did not give numbers ({problem}).")
+    if len(rewards) != len(responses):
+        stop(f"REWARD_FUNCTION gave {len(rewards)} rewards for {len(responses)} texts.")
+    return rewards.to(device)
+
+
+def make_score(
+    function: Callable | None,
+    model_name: str,
+    prompts: list[str],
+    device: torch.device,
+    batch_size: int,
+) -> Score:
+    """What scores the responses: `function` if there is one, else the reward model."""
+    if function is not None:
+        return functools.partial(call_reward_function, function, device)
+    model, tokenizer = load_reward_model(model_name)
+    room = context_length(model, tokenizer) - 8  # marks between the two, some response
+    check_prompts(prompts, tokenizer, room, "REWARD_MODEL_NAME")
+    return functools.partial(
+        score_responses, model.to(device), tokenizer, batch_size=batch_size
+    )
+
+
+def draw_seeds(source: torch.Generator, count: int) -> list[int]:
+    """One seed for each response; the same in every process, since `source` is."""
+    return torch.randint(2**62, (count,), generator=source).tolist()
+
+
+def collect_group(
+    accelerator: Accelerator,
+    policy: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    score: Score,
+    prompt: str,
+    seeds: list[int],
+    sampling: dict[str, float],
+) -> tuple[torch.Tensor, torch.Tensor, list[str], torch.Tensor]:
+    """A group of responses to one prompt, one for each seed, and their rewards.
+
+    Each process writes and scores an equal share; `sampling` is what `generate_group`
+    takes. Gives `prompt_ids` (1, P) and `completion_ids` (G / processes, L) of this
+    process's share, then texts and `rewards` (G,) of the whole group.
+    """
+    share = len(seeds) // accelerator.num_processes
+    seeds = seeds[accelerator.process_index * share :][:share]
+    prompt_ids = tokenizer(prompt, return_tensors="pt").input_ids
+    prompt_ids = prompt_ids.to(accelerator.device)
+    completion_ids = generate_group(
+        accelerator.unwrap_model(policy),
+        prompt_ids,
+        tokenizer.eos_token_id,
+        seeds,
+        **sampling,
+    )
+    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    rewards = accelerator.gather(score(prompt, texts))
+    if not rewards.isfinite().all():
+        stop(
+            "A reward is not a finite number. Stopped, with the policy left as it was."
+        )
+    return prompt_ids, completion_ids, gather_object(texts), rewards
+
+
+def evaluate(
+    accelerator: Accelerator,
+    policy: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    score: Score,
+    prompts: list[str],
+    samples: int,
+    sampling: dict[str, float],
+) -> torch.Tensor:
+    """Rewards (prompts * samples,) of responses whose seeds training never uses."""
+    source = torch.Generator().manual_seed(HELD_OUT_SEED)
+    rewards = []
+    for prompt in prompts:
+        seeds = draw_seeds(source, samples)
+        rewards += collect_group(
+            accelerator, policy, tokenizer, score, prompt, seeds, sampling
+        )[-1]
+    return torch.stack(rewards)
+
+
+# ------------------------------------------------------------------------------------
+# Updating the policy
+# ------------------------------------------------------------------------------------
+
+
+def micro_batches(
+    prompt_ids: torch.Tensor,
+    completion_ids: torch.Tensor,
+    mask: torch.Tensor,
+    advantages: torch.Tensor,
+    size: int,
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Cut a group into parts of `size` responses, for the backward pass to hold one.
+
+    Responses of about the same length go together, each part cut to its longest. Gives
+    (input_ids, attention_mask, mask, advantages) for each part.
+    """
+    parts = []
+    for rows in mask.sum(1).argsort().split(size):
+        length = int(mask[rows].sum(1).max())
+        part_mask = mask[rows, :length]
+        prompts = prompt_ids.expand(len(rows), -1)
+        input_ids = torch.cat([prompts, completion_ids[rows, :length]], 1)
+        attention_mask = torch.cat([torch.ones_like(prompts), part_mask], 1)
+        parts.append((input_ids, attention_mask, part_mask, advantages[rows]))
+    return parts
+
+
+@torch.no_grad()
+def token_sums(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    ref_log_probs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    clip_eps: float,
+) -> torch.Tensor:
+    """What to watch, summed over the real tokens: KL, -ln pi, clipped, their number.
+
+    The mean of -ln pi over tokens that the policy drew estimates its entropy, without
+    another tensor of the size of the vocabulary. Arguments as in `grpo_loss`.
+    """
+    real = mask.bool()
+    ratio = (log_probs - old_log_probs)[real].exp()
+    signs = advantages.sign().unsqueeze(1).expand_as(mask)[real]
+    clipped = (ratio - 1) * signs > clip_eps  # past the edge that its push leads to
+    kl = torch.zeros(())
+    if ref_log_probs is not None:
+        kl = kl_estimate(log_probs, ref_log_probs)[real].sum()
+    entropy = -log_probs[real].sum()
+    return torch.stack([kl.to(entropy), entropy, clipped.sum(), mask.sum()])
+
+
+def grpo_step(
+    accelerator: Accelerator,
+    policy: torch.nn.Module,
+    reference: PreTrainedModel | None,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    score: Score,
+    prompt: str,
+    seeds: list[int],
+    sampling: dict[str, float],
+    clip_eps: float,
+    inner_steps: int,
+    kl_coef: float,
+    scale_by_std: bool,
+    max_grad_norm: float,
+    micro_batch_size: int,
+) -> tuple[float, list[str], torch.Tensor, dict[str, float] | None]:
+    """One group of responses, one for each seed, and `inner_steps` updates from it.
+
+    Gives the loss, the G texts, their rewards (G,), and a dict of what else to watch,
+    or None in its place if all rewards were equal and the policy was left as it was.
+    """
+    # 2. and 3. Responses and rewards.
+    prompt_ids, completion_ids, texts, rewards = collect_group(
+        accelerator, policy, tokenizer, score, prompt, seeds, sampling
+    )
+
+    # 4. Advantages, from the rewards of all processes; then back to our own share.
+    advantages = group_advantages(rewards, scale_by_std)
+    if not advantages.any():
+        return 0.0, texts, rewards, None
+    share = len(completion_ids)
+    advantages = advantages[accelerator.process_index * share :][:share]
+    mask = completion_mask(completion_ids, tokenizer.eos_token_id)
+    parts = micro_batches(
+        prompt_ids, completion_ids, mask, advantages, micro_batch_size
+    )
+
+    # 5. The gradient, part by part, and one step.
+    log_probs_of = functools.partial(
+        completion_log_probs, temperature=sampling["temperature"]
+    )
+    ref_log_probs = [None] * len(parts)
+    if reference is not None:
+        with torch.no_grad():
+            ref_log_probs = [
+                log_probs_of(reference, ids, attend, m.shape[1])
+                for ids, attend, m, _ in parts
+            ]
+    old_log_probs = []
+    module = accelerator.unwrap_model(policy)
+    # Gradient checkpointing works in train() mode only; see `load_policy` on dropout.
+    module.train(any(getattr(m, "gradient_checkpointing", 0) for m in module.modules()))
+    for _ in range(inner_steps):
+        loss, sums = torch.zeros((), device=mask.device), 0
+        for i, (ids, attend, m, a) in enumerate(parts):
+            # Several processes average their gradients once, in the last part. This
+            # needs the wrapped policy: `module` would train each process on its own.
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(policy):
+                log_probs = log_probs_of(policy, ids, attend, m.shape[1])
+                if i == len(old_log_probs):  # first pass: still the policy that wrote
+                    old_log_probs.append(log_probs.detach())
+                others = old_log_probs[i], ref_log_probs[i], a, m, clip_eps
+                part_loss = grpo_loss(log_probs, *others, kl_coef) * len(a) / share
+                part_loss.backward()
+            loss += part_loss.detach()
+            sums = sums + token_sums(log_probs, *others)
+        loss = accelerator.reduce(loss, "mean").item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+        if not math.isfinite(loss + grad_norm.item()):
+            stop("The loss is not a finite number. Stopped before the policy changed.")
+        optimizer.step()
+        optimizer.zero_grad()
+    module.eval()
+
+    cut_off = (completion_ids != tokenizer.eos_token_id).all(1).sum()
+    sums = accelerator.reduce(torch.cat([sums, cut_off.unsqueeze(0)]), "sum").tolist()
+    kl, entropy, clipped, tokens, cut_off = sums
+    return (
+        loss,
+        texts,
+        rewards,
+        {
+            "kl": kl / tokens,
+            "entropy": entropy / tokens,
+            "clipped": clipped / tokens,
+            "length": tokens / len(seeds),
+            "cut_off": cut_off / len(seeds),
+            "grad_norm": grad_norm.item(),
+        },
+    )
+
+
+# ------------------------------------------------------------------------------------
+# main
+# ------------------------------------------------------------------------------------
+
+
+def print_step(
+    step: int,
+    loss: float,
+    texts: list[str],
+    rewards: torch.Tensor,
+    figures: dict[str, float] | None,
+    seconds: float,
+) -> None:
+    """The figures of one step, then its responses from best to worst."""
+    tqdm.write(
+        f"\nStep {step} | Loss: {loss:.4f} | Reward: {rewards.mean():+.3f} "
+        f"(std {rewards.std():.3f}, max {rewards.max():+.3f}) | {seconds:.1f} s"
+    )
+    if figures is None:
+        tqdm.write(
+            "  Skipped: all rewards are equal, so there is nothing to learn from."
+        )
+    else:
+        tqdm.write(
+            f"  KL: {figures['kl']:.4f} | Entropy: {figures['entropy']:.3f} | "
+            f"Clipped: {figures['clipped']:.1%} | Length: {figures['length']:.1f}, "
+            f"cut off: {figures['cut_off']:.0%} | Gradient: {figures['grad_norm']:.2f}"
+        )
+    for i in rewards.argsort(descending=True).tolist():
+        tqdm.write(f"  [{rewards[i]:+.2f}] {' '.join(texts[i].split())}")
+
+
+def draw_learning_curve(history: list[torch.Tensor], path: Path | str) -> None:
+    """Write a picture of the rewards of each step's group: mean, std and best."""
+    mean = torch.stack([rewards.mean() for rewards in history]).cpu()
+    std = torch.stack([rewards.std() for rewards in history]).cpu()
+    best = torch.stack([rewards.max() for rewards in history]).cpu()
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(best, ".", color="0.7", label="best of the group")
+    axes.plot(mean, label="mean of the group")
+    axes.fill_between(
+        range(len(mean)), mean - std, mean + std, alpha=0.2, label="+- 1 std"
+    )
+    axes.set(title="GRPO", xlabel="step", ylabel="reward")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def save_run(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    history: list[torch.Tensor],
+    suffix: str = "",
+) -> str:
+    """Write model and curve, with `suffix` added to both names; give the names."""
+    folder = Path(__file__).parent / SAVE_DIR
+    folder = folder.with_name(folder.name + suffix)
+    save_model(policy, tokenizer, folder)
+    curve_path = Path(CURVE_PATH)
+    curve_path = curve_path.with_stem(curve_path.stem + suffix)
+    if history:
+        draw_learning_curve(history, curve_path)
+    return f"{folder.name}/ and {curve_path.name}"
+
+
+def start_wandb():
+    """The Weights & Biases module, with a run begun."""
+    try:
+        import wandb
+    except ImportError:
+        stop("USE_WANDB is True, but wandb is not installed: pip install wandb")
+    wandb.init(project="grpo_training")
+    return wandb
+
+
+def main() -> None:
+    """Train the policy for NUM_STEPS groups, compare before and after, save it."""
+    check_settings()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    sizes = {"NUM_SAMPLES": NUM_SAMPLES, "EVAL_SAMPLES": EVAL_SAMPLES}
+    accelerator = start_accelerator(DEVICE, sizes)
+    chief, device = accelerator.is_main_process, accelerator.device
+    say = tqdm.write if chief else lambda line: None
+    judge = getattr(REWARD_FUNCTION, "__name__", REWARD_FUNCTION) or REWARD_MODEL_NAME
+    say(
+        f"GRPO on {device} x {accelerator.num_processes}: {POLICY_MODEL_NAME} learns to"
+    )
+    say(f"please {judge}: {NUM_STEPS} steps of {NUM_SAMPLES} responses.")
+    say("The reward should rise. The loss is about 0 at every first step from a group,")
+    say("and is not progress. Entropy (nats a token) that falls to 0: only one answer")
+    say("is left. 'Cut off' are responses that did not end within MAX_NEW_TOKENS.")
+
+    # 1. The policy, what scores it, and if need be a frozen copy of it.
+    policy, tokenizer = load_policy(
+        POLICY_MODEL_NAME, checkpointing=GRADIENT_CHECKPOINTING
+    )
+    room = context_length(policy, tokenizer) - MAX_NEW_TOKENS
+    check_prompts(PROMPTS, tokenizer, room, "POLICY_MODEL_NAME")
+    score = make_score(
+        REWARD_FUNCTION, REWARD_MODEL_NAME, PROMPTS, device, SAMPLE_BATCH_SIZE
+    )
+    sampling = {
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "temperature": TEMPERATURE,
+        "top_p": TOP_P,
+        "batch_size": SAMPLE_BATCH_SIZE,
+    }
+    history, wandb = [], start_wandb() if USE_WANDB and chief else None
+    seed_source = torch.Generator().manual_seed(SEED)
+    bar = tqdm(
+        total=NUM_STEPS, unit="step", leave=False, disable=None if chief else True
+    )
+    try:
+        reference = copy.deepcopy(policy).to(device) if KL_COEF > 0 else None
+        policy = accelerator.prepare(policy)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), LR, weight_decay=0.0, fused=True
+        )
+        held_out = functools.partial(
+            evaluate,
+            tokenizer=tokenizer,
+            score=score,
+            prompts=PROMPTS,
+            samples=EVAL_SAMPLES,
+            sampling=sampling,
+        )
+        before = held_out(accelerator, policy)
+        for step in range(NUM_STEPS):
+            started = time.time()
+            # 2. to 5. A group of responses, their rewards, advantages, and an update.
+            loss, texts, rewards, figures = grpo_step(
+                accelerator,
+                policy,
+                reference,
+                optimizer,
+                tokenizer,
+                score,
+                PROMPTS[step % len(PROMPTS)],
+                draw_seeds(seed_source, NUM_SAMPLES),
+                sampling,
+                clip_eps=CLIP_EPS,
+                inner_steps=INNER_STEPS,
+                kl_coef=KL_COEF,
+                scale_by_std=SCALE_BY_STD,
+                max_grad_norm=MAX_GRAD_NORM,
+                micro_batch_size=MICRO_BATCH_SIZE,
+            )
+            history.append(rewards)
+            bar.update()
+            if chief:
+                seconds = time.time() - started
+                print_step(step, loss, texts, rewards, figures, seconds)
+            if wandb:
+                wandb.log({"reward": rewards.mean(), "loss": loss, **(figures or {})})
+        after = held_out(accelerator, policy)
+    except KeyboardInterrupt:
+        bar.close()
+        if chief:
+            module = accelerator.unwrap_model(policy)
+            names = save_run(module, tokenizer, history, "_interrupted")
+            say(f"\nStopped after {len(history)} steps. This run is kept in {names};")
+            say(f"{SAVE_DIR}/ is as it was.")
+        return
+    except torch.OutOfMemoryError:
+        sys.exit(
+            "Out of GPU memory. Lower MICRO_BATCH_SIZE, SAMPLE_BATCH_SIZE or "
+            "MAX_NEW_TOKENS, or set GRADIENT_CHECKPOINTING = True."
+        )
+    bar.close()
+
+    # 6. The gain, on responses that played no part in training, and the model.
+    if chief:
+        say(f"\nReward of {EVAL_SAMPLES} fresh responses to each prompt, mean +- std:")
+        for name, result in [("before", before), ("after", after)]:
+            say(f"  {name:8}{result.mean():+7.3f} +- {result.std():.3f}")
+        names = save_run(accelerator.unwrap_model(policy), tokenizer, history)
+        say(f"Written: {names}. Let it write:")
+        say(
+            f"  python -c \"from transformers import pipeline; print(pipeline('text-"
+            f"generation', '{SAVE_DIR}')({PROMPTS[0]!r}))\""
+        )
+
+
+if __name__ == "__main__":
+    main()
