@@ -1,8 +1,8 @@
 """GRPO: fine-tuning a language model on the scores of a reward model.
 
 What you will learn
-    The last step of RLHF: how a language model, which was only ever taught to predict
-    text, is taught to write what a second model (or a function of yours) rates highly.
+    The last step of RLHF (reinforcement learning from human feedback): how a model that
+    was taught to predict text is taught to write what a second model rates highly.
 
 The algorithm in 6 steps
     1. Start from a pretrained language model: the policy. Its state is the text so
@@ -15,7 +15,7 @@ The algorithm in 6 steps
        ones rarer. Go back to 2.
     6. Compare fresh responses from before and after, and save the model.
 
-Symbols (G responses in the group, L tokens of the longest, V tokens of the vocabulary)
+Symbols (G responses, L tokens in the longest, V tokens - pieces of words - in all)
     o_i, o_it   completion_ids  (G, L)  response i, and its token t
     m_it        mask            (G, L)  1 up to the end of the response, 0 after it
     r_i         rewards         (G,)    score of response i
@@ -27,21 +27,22 @@ Symbols (G responses in the group, L tokens of the longest, V tokens of the voca
 
 Where this differs from the paper, and why
     Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4.1, outcome supervision:
-    * One prompt a step and one gradient step a group, so that this fits on a laptop.
-    * KL_COEF is 0 (theirs: 0.04): no second copy of the model in memory. Over a few
-      dozen small steps the policy does not get far from where it started.
+    * 8 responses to one prompt a step; theirs are 64 to each of 16, on many GPUs.
+    * KL_COEF is 0, theirs 0.04: no second copy of the model in memory. Set it if the
+      texts get odd while their reward rises.
     * The std has 1e-4 added, equal rewards give exactly 0, the gradient is clipped.
-    * The reward model stays fixed; theirs is trained further now and then.
+    * The reward model stays as it is; theirs may be trained further on the way.
     What others changed since: Dr. GRPO (arXiv 2503.20783) drops the division by the std
-    (SCALE_BY_STD = False does this) and that by the response's length, since both weigh
-    some responses more than others. DAPO (arXiv 2503.14476) takes one mean over all
-    tokens of the group, clips less above than below, and draws again where all rewards
+    (SCALE_BY_STD = False) and the one by the response's length, since both weigh some
+    responses more than others. DAPO (arXiv 2503.14476) takes one mean over all tokens
+    of the group, clips less above than below, and draws a new group where all rewards
     are equal.
 
 Run it
     python grpo_training.py                               one GPU, or else the CPU
     accelerate launch --num_processes 4 grpo_training.py  4 GPUs, one group over all 4
-    torchrun --nproc_per_node 2 grpo_training.py          2 processes on a CPU
+    torchrun --nproc_per_node 2 grpo_training.py          2 processes on a CPU, where
+                                                          `accelerate` starts only one
 """
 
 import contextlib
@@ -98,9 +99,9 @@ EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the 
 LR = 1e-5  # size of AdamW's step; 1e-4 ruins a pretrained model, 1e-7 does nothing
 TEMPERATURE = 1.0  # of the drawing, and of the log-probabilities that are trained
 TOP_P = 0.95  # draw from the likeliest tokens that together hold 95 %: without the odd
-#               tail, texts read better. But the loss trains the whole distribution, not
-#               the cut one that was drawn from, so its gradient leans a little: nothing
-#               ever drawn speaks for the tail. 1.0 is the exact choice.
+#               tail, texts read better. But the log-probabilities are those of all
+#               tokens: a good response rises at the tail's expense too, which was never
+#               on offer. So the gradient is slightly wrong; 1.0 is the exact choice.
 CLIP_EPS = 0.2  # a token stops being pushed once its probability changed by 20 %
 INNER_STEPS = 1  # gradient steps from one group; with 1 the clip never acts
 KL_COEF = 0.0  # pull back to the first policy: 0.04 is the paper's. Above 0, a frozen
@@ -109,9 +110,9 @@ SCALE_BY_STD = True  # divide the advantages by the std of the group's rewards
 MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
 
 # Memory: these change no result, only what is held at once
-MICRO_BATCH_SIZE = 2  # responses that go through the backward pass together
+MICRO_BATCH_SIZE = 2  # responses in one backward pass; on a GPU, more is faster
 SAMPLE_BATCH_SIZE = 32  # responses that are written, or scored, together
-GRADIENT_CHECKPOINTING = False  # less memory in the backward pass, a third more time
+GRADIENT_CHECKPOINTING = False  # keep less for the backward pass, compute it again
 
 # Files, written beside this script
 SAVE_DIR = "trained_model"
@@ -159,6 +160,9 @@ def check_settings() -> None:
         problems.append(f"PROMPTS = {PROMPTS!r} must be a list of texts, none empty")
     if REWARD_FUNCTION is not None and not callable(REWARD_FUNCTION):
         problems.append(f"REWARD_FUNCTION = {REWARD_FUNCTION!r} must be a function")
+    for name in ("SAVE_DIR", "CURVE_PATH"):
+        if not os.access((Path(__file__).parent / globals()[name]).parent, os.W_OK):
+            problems.append(f"{name} must lie in a folder that can be written to")
     if DEVICE not in ("cpu", "cuda"):
         problems.append(f'DEVICE = {DEVICE!r} must be "cpu" or "cuda"')
     elif DEVICE == "cuda" and not torch.cuda.is_available():
@@ -168,7 +172,7 @@ def check_settings() -> None:
 
 
 def stop(line: str) -> None:
-    """End with status 1 and one line, printed once if there are several processes."""
+    """End with status 1 and one line, printed by one of the processes if all fail."""
     sys.exit(line if os.environ.get("RANK", "0") == "0" else 1)
 
 
@@ -213,7 +217,7 @@ def hub_answers(seconds: float = 5.0) -> bool:
             answers.append("yes")
         except urllib.error.HTTPError:
             answers.append("yes, though with an error")
-        except OSError:
+        except Exception:  # no such name, no way there, no sensible answer
             pass
 
     if not hub.HF_HUB_OFFLINE:
@@ -277,11 +281,11 @@ def load_policy(
     policy = load_pretrained(
         AutoModelForCausalLM, name, setting, config=config, dtype=torch.float32
     )
-    if checkpointing:
-        enable = getattr(  # renamed within transformers 5
-            policy, "activation_checkpointing_enable", None
-        )
-        (enable or policy.gradient_checkpointing_enable)({"use_reentrant": False})
+    if policy.get_input_embeddings().num_embeddings < len(tokenizer):
+        stop(f"{setting}: the tokenizer of {name} has more tokens than the model.")
+    if checkpointing:  # `activation_` is the newer name, within transformers 5
+        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+        getattr(policy, new if hasattr(policy, new) else old)({"use_reentrant": False})
     # eval() switches dropout off and nothing else; gradients flow as before. With
     # dropout, gpt2's ratio is anything from 0.87 to 1.09 before its first step.
     return policy.eval(), tokenizer
@@ -388,6 +392,9 @@ def completion_log_probs(
     """Log-probability of each token of the response, given all tokens before it.
 
     ln pi(o_t | q, o_<t) = z_t[o_t] - ln sum_v exp(z_t[v]),   z_t = logits / temperature
+
+    q is the prompt; the logits are the model's V outputs at each place, a score for
+    every token that could come next. This is log_softmax of them, for one token only.
 
     `input_ids` (G, P + L): prompt and response, whose length L is `completion_length`;
     `attention_mask` (G, P + L): 0 where a row is only filled up, on either side. Gives
@@ -537,7 +544,7 @@ def generate_group(
         cache.batch_repeat_interleave(rows)
         logits = output.logits[:, -1].expand(rows, -1)  # (rows, V)
         if logits.isnan().any():
-            stop("The policy's output is not a number: the model is damaged.")
+            sys.exit("The policy's output is not a number: the model is damaged.")
         for t in range(max_new_tokens):
             tokens = draw_tokens(logits, temperature, top_p, generators)
             batch[:, t] = torch.where(ended, eos_token_id, tokens)
@@ -580,7 +587,8 @@ def score_responses(
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Most tokens that the model reads at once."""
-    return min(model.config.max_position_embeddings, tokenizer.model_max_length)
+    limit = tokenizer.model_max_length
+    return min(limit, getattr(model.config, "max_position_embeddings", limit))
 
 
 def call_reward_function(
@@ -590,9 +598,11 @@ def call_reward_function(
     try:
         rewards = torch.tensor([float(x) for x in function(prompt, responses)])
     except (TypeError, ValueError) as problem:
-        stop(f"REWARD_FUNCTION did not give numbers ({problem}).")
+        sys.exit(f"REWARD_FUNCTION did not give numbers ({problem}).")
     if len(rewards) != len(responses):
-        stop(f"REWARD_FUNCTION gave {len(rewards)} rewards for {len(responses)} texts.")
+        sys.exit(
+            f"REWARD_FUNCTION gave {len(rewards)} rewards for {len(responses)} texts."
+        )
     return rewards.to(device)
 
 
@@ -755,43 +765,47 @@ def grpo_step(
     )
 
     # 4. Advantages, from the rewards of all processes; then back to our own share.
-    advantages = group_advantages(rewards, scale_by_std)
-    if not advantages.any():
+    all_advantages = group_advantages(rewards, scale_by_std)
+    if not all_advantages.any():
         return 0.0, texts, rewards, None
     share = len(completion_ids)
-    advantages = advantages[accelerator.process_index * share :][:share]
-    mask = completion_mask(completion_ids, tokenizer.eos_token_id)
     parts = micro_batches(
-        prompt_ids, completion_ids, mask, advantages, micro_batch_size
+        prompt_ids,
+        completion_ids,
+        completion_mask(completion_ids, tokenizer.eos_token_id),
+        all_advantages[accelerator.process_index * share :][:share],
+        micro_batch_size,
     )
 
     # 5. The gradient, part by part, and one step.
     log_probs_of = functools.partial(
         completion_log_probs, temperature=sampling["temperature"]
     )
-    ref_log_probs = [None] * len(parts)
+    old_log_probs, ref_log_probs = [], [None] * len(parts)
     if reference is not None:
         with torch.no_grad():
             ref_log_probs = [
-                log_probs_of(reference, ids, attend, m.shape[1])
-                for ids, attend, m, _ in parts
+                log_probs_of(reference, input_ids, attention_mask, mask.shape[1])
+                for input_ids, attention_mask, mask, _ in parts
             ]
-    old_log_probs = []
     module = accelerator.unwrap_model(policy)
     # Gradient checkpointing works in train() mode only; see `load_policy` on dropout.
     module.train(any(getattr(m, "gradient_checkpointing", 0) for m in module.modules()))
     for _ in range(inner_steps):
-        loss, sums = torch.zeros((), device=mask.device), 0
-        for i, (ids, attend, m, a) in enumerate(parts):
+        loss, sums = torch.zeros((), device=accelerator.device), 0
+        for i, (input_ids, attention_mask, mask, advantages) in enumerate(parts):
             # Several processes average their gradients once, in the last part. This
             # needs the wrapped policy: `module` would train each process on its own.
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(policy):
-                log_probs = log_probs_of(policy, ids, attend, m.shape[1])
+                log_probs = log_probs_of(
+                    policy, input_ids, attention_mask, mask.shape[1]
+                )
                 if i == len(old_log_probs):  # first pass: still the policy that wrote
                     old_log_probs.append(log_probs.detach())
-                others = old_log_probs[i], ref_log_probs[i], a, m, clip_eps
-                part_loss = grpo_loss(log_probs, *others, kl_coef) * len(a) / share
+                others = old_log_probs[i], ref_log_probs[i], advantages, mask, clip_eps
+                part_loss = grpo_loss(log_probs, *others, kl_coef)
+                part_loss = part_loss * len(advantages) / share
                 part_loss.backward()
             loss += part_loss.detach()
             sums = sums + token_sums(log_probs, *others)
@@ -806,19 +820,15 @@ def grpo_step(
     cut_off = (completion_ids != tokenizer.eos_token_id).all(1).sum()
     sums = accelerator.reduce(torch.cat([sums, cut_off.unsqueeze(0)]), "sum").tolist()
     kl, entropy, clipped, tokens, cut_off = sums
-    return (
-        loss,
-        texts,
-        rewards,
-        {
-            "kl": kl / tokens,
-            "entropy": entropy / tokens,
-            "clipped": clipped / tokens,
-            "length": tokens / len(seeds),
-            "cut_off": cut_off / len(seeds),
-            "grad_norm": grad_norm.item(),
-        },
-    )
+    figures = {
+        "kl": kl / tokens if reference is not None else None,
+        "entropy": entropy / tokens,
+        "clipped": clipped / tokens,
+        "length": tokens / len(seeds),
+        "cut_off": cut_off / len(seeds),
+        "grad_norm": grad_norm.item(),
+    }
+    return loss, texts, rewards, figures
 
 
 # ------------------------------------------------------------------------------------
@@ -840,12 +850,11 @@ def print_step(
         f"(std {rewards.std():.3f}, max {rewards.max():+.3f}) | {seconds:.1f} s"
     )
     if figures is None:
-        tqdm.write(
-            "  Skipped: all rewards are equal, so there is nothing to learn from."
-        )
+        tqdm.write("  Skipped: all rewards are equal, there is nothing to learn from.")
     else:
+        kl = "off" if figures["kl"] is None else f"{figures['kl']:.4f}"
         tqdm.write(
-            f"  KL: {figures['kl']:.4f} | Entropy: {figures['entropy']:.3f} | "
+            f"  KL: {kl} | Entropy: {figures['entropy']:.3f} | "
             f"Clipped: {figures['clipped']:.1%} | Length: {figures['length']:.1f}, "
             f"cut off: {figures['cut_off']:.0%} | Gradient: {figures['grad_norm']:.2f}"
         )
@@ -854,18 +863,15 @@ def print_step(
 
 
 def draw_learning_curve(history: list[torch.Tensor], path: Path | str) -> None:
-    """Write a picture of the rewards of each step's group: mean, std and best."""
-    mean = torch.stack([rewards.mean() for rewards in history]).cpu()
-    std = torch.stack([rewards.std() for rewards in history]).cpu()
-    best = torch.stack([rewards.max() for rewards in history]).cpu()
+    """Write a picture of the rewards (G,) of each step: mean, spread and best."""
+    rewards = torch.stack(history).cpu()  # (steps, G)
+    mean, std = rewards.mean(1), rewards.std(1)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(best, ".", color="0.7", label="best of the group")
+    axes.plot(rewards.amax(1), ".", color="0.7", label="best of the group")
     axes.plot(mean, label="mean of the group")
-    axes.fill_between(
-        range(len(mean)), mean - std, mean + std, alpha=0.2, label="+- 1 std"
-    )
-    axes.set(title="GRPO", xlabel="step", ylabel="reward")
+    axes.fill_between(range(len(mean)), mean - std, mean + std, alpha=0.2)
+    axes.set(title="GRPO (band: +- 1 std)", xlabel="step", ylabel="reward")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
@@ -907,15 +913,13 @@ def main() -> None:
     chief, device = accelerator.is_main_process, accelerator.device
     say = tqdm.write if chief else lambda line: None
     judge = getattr(REWARD_FUNCTION, "__name__", REWARD_FUNCTION) or REWARD_MODEL_NAME
-    say(
-        f"GRPO on {device} x {accelerator.num_processes}: {POLICY_MODEL_NAME} learns to"
-    )
-    say(f"please {judge}: {NUM_STEPS} steps of {NUM_SAMPLES} responses.")
-    say("The reward should rise. The loss is about 0 at every first step from a group,")
-    say("and is not progress. Entropy (nats a token) that falls to 0: only one answer")
-    say("is left. 'Cut off' are responses that did not end within MAX_NEW_TOKENS.")
+    say(f"GRPO on {accelerator.num_processes} x {device}: {NUM_STEPS} steps, each")
+    say(f"of {NUM_SAMPLES} responses by {POLICY_MODEL_NAME}, scored by {judge}.")
+    say("The reward should rise. The loss is 0 at the first step from a group, and is")
+    say("not progress. Entropy (nats a token) near 0 means that one answer is left;")
+    say("'cut off' is the share of responses that MAX_NEW_TOKENS cut short.")
 
-    # 1. The policy, what scores it, and if need be a frozen copy of it.
+    # 1. The policy, what scores it, and a frozen copy of it if KL_COEF needs one.
     policy, tokenizer = load_policy(
         POLICY_MODEL_NAME, checkpointing=GRADIENT_CHECKPOINTING
     )
@@ -930,8 +934,16 @@ def main() -> None:
         "top_p": TOP_P,
         "batch_size": SAMPLE_BATCH_SIZE,
     }
-    history, wandb = [], start_wandb() if USE_WANDB and chief else None
-    seed_source = torch.Generator().manual_seed(SEED)
+    algorithm = {
+        "clip_eps": CLIP_EPS,
+        "inner_steps": INNER_STEPS,
+        "kl_coef": KL_COEF,
+        "scale_by_std": SCALE_BY_STD,
+        "max_grad_norm": MAX_GRAD_NORM,
+        "micro_batch_size": MICRO_BATCH_SIZE,
+    }
+    wandb = start_wandb() if USE_WANDB and chief else None
+    history, seed_source = [], torch.Generator().manual_seed(SEED)
     bar = tqdm(
         total=NUM_STEPS, unit="step", leave=False, disable=None if chief else True
     )
@@ -941,18 +953,12 @@ def main() -> None:
         optimizer = torch.optim.AdamW(
             policy.parameters(), LR, weight_decay=0.0, fused=True
         )
-        held_out = functools.partial(
-            evaluate,
-            tokenizer=tokenizer,
-            score=score,
-            prompts=PROMPTS,
-            samples=EVAL_SAMPLES,
-            sampling=sampling,
-        )
-        before = held_out(accelerator, policy)
+        held_out = PROMPTS, EVAL_SAMPLES, sampling
+        before = evaluate(accelerator, policy, tokenizer, score, *held_out)
         for step in range(NUM_STEPS):
-            started = time.time()
             # 2. to 5. A group of responses, their rewards, advantages, and an update.
+            started, prompt = time.time(), PROMPTS[step % len(PROMPTS)]
+            seeds = draw_seeds(seed_source, NUM_SAMPLES)
             loss, texts, rewards, figures = grpo_step(
                 accelerator,
                 policy,
@@ -960,15 +966,10 @@ def main() -> None:
                 optimizer,
                 tokenizer,
                 score,
-                PROMPTS[step % len(PROMPTS)],
-                draw_seeds(seed_source, NUM_SAMPLES),
+                prompt,
+                seeds,
                 sampling,
-                clip_eps=CLIP_EPS,
-                inner_steps=INNER_STEPS,
-                kl_coef=KL_COEF,
-                scale_by_std=SCALE_BY_STD,
-                max_grad_norm=MAX_GRAD_NORM,
-                micro_batch_size=MICRO_BATCH_SIZE,
+                **algorithm,
             )
             history.append(rewards)
             bar.update()
@@ -976,8 +977,9 @@ def main() -> None:
                 seconds = time.time() - started
                 print_step(step, loss, texts, rewards, figures, seconds)
             if wandb:
-                wandb.log({"reward": rewards.mean(), "loss": loss, **(figures or {})})
-        after = held_out(accelerator, policy)
+                mean = rewards.mean().item()
+                wandb.log({"reward": mean, "loss": loss, **(figures or {})})
+        after = evaluate(accelerator, policy, tokenizer, score, *held_out)
     except KeyboardInterrupt:
         bar.close()
         if chief:
@@ -995,15 +997,13 @@ def main() -> None:
 
     # 6. The gain, on responses that played no part in training, and the model.
     if chief:
-        say(f"\nReward of {EVAL_SAMPLES} fresh responses to each prompt, mean +- std:")
+        say(f"\nReward of {EVAL_SAMPLES} fresh responses to each prompt, mean +- std")
         for name, result in [("before", before), ("after", after)]:
             say(f"  {name:8}{result.mean():+7.3f} +- {result.std():.3f}")
         names = save_run(accelerator.unwrap_model(policy), tokenizer, history)
-        say(f"Written: {names}. Let it write:")
-        say(
-            f"  python -c \"from transformers import pipeline; print(pipeline('text-"
-            f"generation', '{SAVE_DIR}')({PROMPTS[0]!r}))\""
-        )
+        say(f"Written: {names}. Let it write, in Python:")
+        say("  from transformers import pipeline")
+        say(f'  pipeline("text-generation", "{SAVE_DIR}")({PROMPTS[0]!r})')
 
 
 if __name__ == "__main__":

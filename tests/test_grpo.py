@@ -307,12 +307,7 @@ def test_the_clip_stops_the_push_only_past_the_edge_that_it_leads_to(sign, ratio
     stopped = (sign > 0 and ratio > 1.2) or (sign < 0 and ratio < 0.8)
     assert log_probs.grad.item() == pytest.approx(0 if stopped else -sign * ratio)
     clipped = lesson.token_sums(
-        log_probs,
-        torch.zeros(1, 1),
-        None,
-        torch.tensor([sign]),
-        torch.ones(1, 1),
-        0.2,
+        log_probs, torch.zeros(1, 1), None, torch.tensor([sign]), torch.ones(1, 1), 0.2
     )[2]
     assert clipped.item() == stopped
 

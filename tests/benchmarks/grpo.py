@@ -1,0 +1,366 @@
+"""Lesson 4 against TRL's GRPOTrainer: seconds a step, peak memory, loss and gradient.
+
+    pip install -r tests/benchmarks/requirements.txt
+    python tests/benchmarks/grpo.py
+    REAL_MODEL=folder python tests/benchmarks/grpo.py    a pretrained model as well
+
+Both trainers get the same policy, prompt, reward function and settings: 8 responses of
+64 tokens, temperature 1, top_p 0.95, AdamW 1e-5, no KL, no gradient checkpointing,
+float32, one gradient step a group. Each row is a process of its own, on one core (or
+the GPU, where there is one); the first step, a warm-up, is left out. Peak memory is
+all that the process ever held, imports included (on a GPU: what PyTorch allocated).
+TRL is measured twice: with its default, the whole group in one backward pass, and in
+parts of 2, as lesson 4 does it.
+"""
+
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT_PATH = Path(__file__).parent / "results" / "grpo.json"
+SAMPLES, TOKENS, STEPS = 8, 64, 3  # STEPS includes the warm-up
+SEED = 0
+PROMPT = "Explain why regular exercise is important."
+RANDOM = "random gpt2-small"
+SHALLOW = "random gpt2-small, 2 layers"  # for the many rows that show the growth
+
+
+def policy_and_tokenizer(name):
+    """gpt2-small with random weights and one word a token, or a real model."""
+    import tokenizers
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GPT2Config,
+        GPT2LMHeadModel,
+        PreTrainedTokenizerFast,
+    )
+
+    if name not in (RANDOM, SHALLOW):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(name)
+    torch.manual_seed(SEED)
+    words = {f"w{i}": i for i in range(50_255)} | {"<unk>": 50_255, "<eos>": 50_256}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
+    )
+    layers = 12 if name == RANDOM else 2
+    return GPT2LMHeadModel(GPT2Config(n_layer=layers)), tokenizer
+
+
+def vowels(texts):
+    """The reward of either trainer: something cheap that differs between texts."""
+    return [sum(t.count(v) for v in "aeiou024") / max(1, len(t)) for t in texts]
+
+
+def peak_gb():
+    """Most memory held so far, in GB."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def run_ours(name, samples=SAMPLES, tokens=TOKENS, steps=STEPS):
+    """Seconds of each step, and of the part of it that writes; peak memory."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import grpo_training as lesson
+
+    torch.set_num_threads(1)
+    policy, tokenizer = policy_and_tokenizer(name)
+    accelerator = lesson.start_accelerator(lesson.DEVICE, {})
+    policy = accelerator.prepare(policy.eval())
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), 1e-5, weight_decay=0.0, fused=True
+    )
+    writing, write = [], lesson.generate_group
+
+    def timed(*args, **kwargs):
+        started = time.time()
+        ids = write(*args, **kwargs)
+        writing.append(time.time() - started)
+        return ids
+
+    lesson.generate_group = timed
+    source, seconds, trained = torch.Generator().manual_seed(SEED), [], 0
+    for _ in range(steps):
+        started = time.time()
+        figures = lesson.grpo_step(
+            accelerator,
+            policy,
+            None,
+            optimizer,
+            tokenizer,
+            lambda prompt, texts: torch.tensor(vowels(texts)).to(accelerator.device),
+            PROMPT,
+            lesson.draw_seeds(source, samples),
+            {
+                "max_new_tokens": tokens,
+                "temperature": 1.0,
+                "top_p": 0.95,
+                "batch_size": lesson.SAMPLE_BATCH_SIZE,
+            },
+            clip_eps=0.2,
+            inner_steps=1,
+            kl_coef=0.0,
+            scale_by_std=True,
+            max_grad_norm=1.0,
+            micro_batch_size=lesson.MICRO_BATCH_SIZE,
+        )[3]
+        seconds.append(time.time() - started)
+        trained = figures["length"] * samples
+    return {
+        "seconds": seconds,
+        "peak_gb": peak_gb(),
+        "tokens_per_s_writing": trained / writing[-1],
+        "tokens_per_s_training": trained / (seconds[-1] - writing[-1]),
+    }
+
+
+def trl_trainer(name, batch, steps, callbacks=(), **options):
+    """TRL's trainer with lesson 4's settings, everything else as it comes."""
+    import torch
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(1)
+    policy, tokenizer = policy_and_tokenizer(name)
+    config = GRPOConfig(
+        output_dir="/tmp/grpo_benchmark",
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=SAMPLES // batch,
+        num_generations=SAMPLES,
+        max_completion_length=TOKENS,
+        temperature=1.0,
+        top_p=0.95,
+        top_k=0,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        loss_type="grpo",
+        bf16=False,
+        gradient_checkpointing=False,
+        max_steps=steps,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=SEED,
+        use_cpu=not torch.cuda.is_available(),
+        beta=0.0,
+        **options,
+    )
+    return GRPOTrainer(
+        model=policy,
+        processing_class=tokenizer,
+        reward_funcs=lambda completions, **_: vowels(completions),
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": PROMPT}] * 64),
+        callbacks=list(callbacks),
+    )
+
+
+def run_trl(name, batch):
+    """Seconds of each step, and of the part of it that writes; peak memory."""
+    from transformers import TrainerCallback
+
+    seconds, writing = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.started = time.time()
+
+        def on_step_end(self, *args, **kwargs):
+            seconds.append(time.time() - self.started)
+
+    trainer = trl_trainer(name, batch, STEPS, [Clock()])
+    write = trainer.model.generate
+
+    def timed(*args, **kwargs):
+        started = time.time()
+        ids = write(*args, **kwargs)
+        writing.append((time.time() - started, ids.numel() - 8 * ids.shape[0]))
+        return ids
+
+    trainer.model.generate = timed
+    trainer.train()
+    tokens = SAMPLES * trainer.state.log_history[-2]["completions/mean_length"]
+    return {
+        "seconds": seconds,
+        "peak_gb": peak_gb(),
+        "tokens_per_s_writing": tokens / writing[-1][0],
+        "tokens_per_s_training": tokens / (seconds[-1] - writing[-1][0]),
+    }
+
+
+def run_equality(name):
+    """Largest relative difference of loss and gradient, on a batch of mixed lengths."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import grpo_training as lesson
+
+    worst = {}
+    for beta in (0.0, 0.04):
+        trainer = trl_trainer(name, SAMPLES, 1, use_bias_correction_kl=False)
+        trainer.beta = beta  # here, or it would load a reference of its own
+        policy = trainer.model.eval()  # no dropout, in which the two would differ
+        torch.manual_seed(SEED)
+        vocabulary = policy.config.vocab_size
+        ids = torch.randint(0, vocabulary, (SAMPLES, 7 + TOKENS)).to(policy.device)
+        lengths = torch.tensor([1, 5, 20, 40, 63, 64, 64, 64]).to(policy.device)
+        mask = (torch.arange(TOKENS).to(policy.device) < lengths[:, None]).long()
+        attention = torch.cat([torch.ones_like(ids[:, :7]), mask], 1)
+        with torch.no_grad():
+            now = lesson.completion_log_probs(policy, ids, attention, TOKENS, 1.0)
+        old = now + 0.2 * torch.randn_like(now)  # some tokens beyond the clip
+        ref = now + 0.2 * torch.randn_like(now) if beta else None
+        advantages = lesson.group_advantages(torch.randn(SAMPLES).to(policy.device))
+
+        def gradient(loss, policy=policy):
+            policy.zero_grad()
+            loss.backward()
+            return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+        log_probs = lesson.completion_log_probs(policy, ids, attention, TOKENS, 1.0)
+        ours = lesson.grpo_loss(log_probs, old, ref, advantages, mask, 0.2, beta)
+        ours_gradient = gradient(ours)
+        batch = {
+            "prompt_ids": ids[:, :7],
+            "prompt_mask": attention[:, :7],
+            "completion_ids": ids[:, 7:],
+            "completion_mask": mask,
+            "advantages": advantages,
+            "old_per_token_logps": old,
+            "ref_per_token_logps": ref,
+        }
+        theirs = trainer._compute_loss(policy, batch)
+        difference = (ours_gradient - gradient(theirs)).norm() / ours_gradient.norm()
+        worst[f"beta {beta}"] = {
+            "loss": abs(ours.item() - theirs.item()) / abs(theirs.item()),
+            "gradient": difference.item(),
+        }
+    return worst
+
+
+def machine():
+    """What ran it: processor or GPU, and the cores that this process may use."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()).group(1)
+    if torch.cuda.is_available():
+        model = torch.cuda.get_device_name()
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    return {"processor": model, "cores used": len(cores), "system": platform.system()}
+
+
+def row(*arguments):
+    """Run one of the functions above in a process of its own."""
+    command = [sys.executable, __file__, "row", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main():
+    models = [RANDOM] + [os.environ[k] for k in ("REAL_MODEL",) if k in os.environ]
+    runs, summary = [], {}
+    print(
+        "policy                 trainer                 s a step  peak GB"
+        "  tokens/s written  trained"
+    )
+    for model in models:
+        name = Path(model).name
+        rows = {
+            "grpo_training.py": row("ours", model),
+            "TRL, parts of 2": row("trl", model, 2),
+            "TRL, all 8 at once": row("trl", model, 8),
+        }
+        for trainer, result in rows.items():
+            result["median_s"] = statistics.median(result["seconds"][1:])
+            runs.append({"seed": SEED, "policy": name, "trainer": trainer, **result})
+            print(
+                f"{name:23}{trainer:24}{result['median_s']:8.2f}"
+                f"{result['peak_gb']:9.2f}{result['tokens_per_s_writing']:18.0f}"
+                f"{result['tokens_per_s_training']:9.0f}",
+                flush=True,
+            )
+        ours, parts, whole = rows.values()
+        summary[name] = {
+            "time / TRL all at once": ours["median_s"] / whole["median_s"],
+            "time / TRL in parts": ours["median_s"] / parts["median_s"],
+            "peak / TRL all at once": ours["peak_gb"] / whole["peak_gb"],
+            "peak / TRL in parts": ours["peak_gb"] / parts["peak_gb"],
+        }
+        summary[name] |= {"difference from TRL": row("equality", model)}
+        print(json.dumps(summary[name], indent=2))
+    print(f"one step of {SHALLOW}         s    ms a token  peak GB")
+    for samples, tokens in [(n, TOKENS) for n in (4, 8, 16, 32, 64)] + [
+        (SAMPLES, n) for n in (16, 32, 128, 256)
+    ]:
+        result = row("ours", SHALLOW, samples, tokens, 1)
+        per_token = 1000 * result["seconds"][-1] / samples / tokens
+        runs.append(
+            {
+                "seed": SEED,
+                "policy": SHALLOW,
+                "samples": samples,
+                "tokens": tokens,
+                **result,
+            }
+        )
+        print(
+            f"  {samples:3} responses of {tokens:3} tokens"
+            f"{result['seconds'][-1]:16.1f}{per_token:14.1f}{result['peak_gb']:9.2f}",
+            flush=True,
+        )
+    costs = [
+        1000 * r["seconds"][-1] / r["samples"] / r["tokens"]
+        for r in runs
+        if "samples" in r
+    ]
+    summary["ms a token, from 4 to 64 responses"] = costs[:5]
+    summary["ms a token, from 16 to 256 tokens"] = [*costs[5:7], costs[1], *costs[7:]]
+    names = ("torch", "transformers", "accelerate", "trl")
+    RESULT_PATH.write_text(
+        json.dumps(
+            {
+                "machine": machine(),
+                "versions": {name: version(name) for name in names},
+                "command": "REAL_MODEL=... python tests/benchmarks/grpo.py",
+                "runs": runs,
+                "summary": summary,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["row"]:
+        what, model, *numbers = sys.argv[2:]
+        function = {"ours": run_ours, "trl": run_trl, "equality": run_equality}[what]
+        print("\n" + json.dumps(function(model, *map(int, numbers))))
+    else:
+        main()
