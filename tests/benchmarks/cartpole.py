@@ -33,11 +33,16 @@ import train_cartpole as lesson  # noqa: E402  (the line above finds it)
 SEEDS = range(20)
 TRY_THIS_SEEDS = range(3)
 TRY_THIS_EPISODES = 1_500  # their budget
-TRY_THIS = [
-    {"EPISODES_PER_UPDATE": 1, "LEARNING_RATE": 0.01},
-    {"GAMMA": 0.5},
-    {"LEARNING_RATE": 0.2},
-]
+TRY_THIS = {
+    "EPISODES_PER_UPDATE = 1, LEARNING_RATE = 0.01": {
+        "EPISODES_PER_UPDATE": 1,
+        "LEARNING_RATE": 0.01,
+    },
+    "GAMMA = 0.9": {"GAMMA": 0.9},
+    "GAMMA = 1.0": {"GAMMA": 1.0},
+    "LEARNING_RATE = 0.2": {"LEARNING_RATE": 0.2},
+    "no baseline": {"subtract_mean": lambda returns: returns},
+}
 RESULTS = Path(__file__).parent / "results" / "cartpole.json"
 CURVES = ROOT / "assets" / "cartpole_learning_curves.png"
 
@@ -52,12 +57,12 @@ def machine() -> dict:
     return {"processor": model, "cores used": len(cores), "system": platform.system()}
 
 
-def train(seed: int, **settings: float) -> tuple[dict, list[float]]:
-    """One run of the lesson's main(): figures for the table, and every score."""
+def train(seed: int, **changes) -> tuple[dict, list[float]]:
+    """One run of the lesson's main(), parts of it changed: figures, and every score."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
-        settings |= {"SEED": seed, "WEIGHTS_PATH": Path(folder) / "w.pth"}
-        settings |= {"CURVE_PATH": Path(folder) / "c.png"}
-        for name, value in settings.items():
+        changes |= {"SEED": seed, "WEIGHTS_PATH": Path(folder) / "w.pth"}
+        changes |= {"CURVE_PATH": Path(folder) / "c.png"}
+        for name, value in changes.items():
             undo.callback(setattr, lesson, name, getattr(lesson, name))
             setattr(lesson, name, value)
         curve, original = [], lesson.draw_learning_curve
@@ -135,20 +140,17 @@ def main() -> None:
     for name, value in summary.items():
         print(f"{name:35}{value:g}")
 
-    try_this = []
-    print(f"\nTry this, at most {TRY_THIS_EPISODES} episodes:")
-    for settings in TRY_THIS:
-        variations = [
-            train(seed, MAX_EPISODES=TRY_THIS_EPISODES, **settings)[0]
-            for seed in TRY_THIS_SEEDS
-        ]
-        try_this.append({"settings": settings, "runs": variations})
+    try_this = {}
+    print(f"\nTry this, at most {TRY_THIS_EPISODES} episodes; medians:")
+    for name, changes in TRY_THIS.items():
+        changes = {"MAX_EPISODES": TRY_THIS_EPISODES, **changes}
+        try_this[name] = [train(seed, **changes)[0] for seed in TRY_THIS_SEEDS]
         middle = {
-            name: statistics.median(run[name] for run in variations)
-            for name in ("episodes", "best mean of 100", "greedy mean", "seconds")
+            figure: statistics.median(run[figure] for run in try_this[name])
+            for figure in ("episodes", "best mean of 100", "greedy mean", "seconds")
         }
-        solved = sum(run["solved"] for run in variations)
-        print(f"{settings}: {solved} of {len(variations)} solved, medians {middle}")
+        solved = sum(run["solved"] for run in try_this[name])
+        print(f"{name}: {solved} of {len(TRY_THIS_SEEDS)} solved, {middle}")
 
     draw(curves)
     report = {
