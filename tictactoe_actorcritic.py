@@ -2,40 +2,68 @@
 
 What you will learn
     What a critic is for, and how an agent becomes its own teacher: no example games,
-    no search and no opponent but an older copy of itself.
+    no search, and no opponent but an older copy of itself.
+
+The task
+    Tic-tac-toe, written as an environment in tictactoe_env.py. Against perfect play
+    nobody can win it, so the aim is: never lose, and win whenever the other side errs.
 
 The algorithm in 7 steps
-    1. Start from an actor (which move?) and a critic (how will this end?) that know
-       nothing. The opponent is a frozen copy of the actor.
-    2. Play many whole games against it, moving first in half of them. In each game
-       the opponent moves at random with a chance of its own, between never and always.
+    1. Start from an actor (a policy: how likely is each move?) and a critic (how will
+       this end?) that know nothing. The opponent is a frozen copy of the actor.
+    2. Play many whole games against it, moving first in half of them. Each opponent
+       makes some of its moves at random, one seldom, another every second time.
     3. Give each own move its return: how the game ended, +1 won, 0 drawn, -1 lost.
-    4. Subtract what the critic expected. What is left is the advantage: was the move
-       better or worse than usual in that position?
+    4. Subtract what the critic expected. What is left is the advantage: did it end
+       better or worse than usual from this position?
     5. One gradient step each: the actor makes moves with a positive advantage more
        likely, the critic moves its expectation towards the returns.
     6. Every so many updates the opponent becomes a copy of what the actor is now.
-    7. Go back to 2, until the greedy agent (its likeliest move, always) loses no line
+    7. Go back to 2, until the greedy agent (always its likeliest move) loses no line
        of play at all, whatever the other side does. Then save both networks.
 
 Symbols (T plies, single moves, at most 9; N games side by side; B own moves in all)
     s_t        observations  (T, N, 9)  cells: +1 side to move, -1 other side, 0 empty
     a_t        actions       (T, N)     the cell that was taken, 0 to 8
-    G_t        returns       (B,)       end of the game as the learner sees it
+    -          own           (T, N)     True where the learner moved: B = own.sum()
+    G_t        returns       (B,)       how the game ended for the learner
     V(s_t)     values        (B,)       what the critic expects G_t to be
     A_t        advantages    (B,)       G_t - V(s_t)
     ln pi(a|s) log_probs     (B,)       log-probability of the move that was made
-    H          entropy       (B,)       nats; ln 9 = 2.2 knows nothing, 0 is certain
+    H          entropy       scalar     variety of the moves in nats: 0 is none, and all
+                                        nine cells equally likely is ln 9 = 2.2
 
 Where this differs from the book, and why
     Sutton & Barto, Reinforcement Learning, 2nd ed., sections 13.4 and 13.5:
-    * The book keeps the name actor-critic for methods whose return is cut short and
-      completed by the critic, G_t = r_t + gamma V(s_{t+1}). A game has at most five
-      own moves, so we wait for its real end; strictly this is "REINFORCE with
-      baseline" (13.4). Lesson 3 lets the critic complete what it did not see.
+    * The book keeps the name actor-critic for methods that cut the return short and
+      let the critic complete it: G_t = r_t + gamma V(s_{t+1}). Here a game has at most
+      five own moves, so we wait for its end, as in "REINFORCE with baseline" (13.4).
+      Lesson 3 lets the critic complete what was not seen.
     * Nothing is discounted (gamma = 1): a win is a win, early or late.
     * The opponent changes as the agent learns; the book's environment stands still.
     * An entropy bonus, as in A3C (Mnih et al., 2016), keeps the moves varied.
+
+Run it
+    python tictactoe_actorcritic.py     10 seconds on one core of a server CPU, no GPU
+
+What you should see (seeds 0-9, tests/benchmarks/tictactoe.py)
+    No line of play lost from either seat, for every seed; 98.96 % wins against random
+    play moving first and 91.64 % moving second, where no player who never loses can
+    have more than 99.48 and 91.64; 10 seconds (median; 19 at most).
+
+If it does not learn
+    * 'lost 2nd' stays near 100: ENTROPY_BONUS is too small.
+    * 'wins 2nd' passes 91.64 while lines are lost: it gambles on blunders that it sees
+      too often. REFRESH_EVERY is too big.
+    * The wins fall instead of rising: the sign of the loss or of a reward is wrong, or
+      a board is seen from the wrong side.
+
+Try this (medians of seeds 0-2)
+    * ENTROPY_BONUS = 0.0: 143 lines are lost after 1,600 updates.
+    * MAX_RANDOM_CHANCE = 0.0: none is lost, but the wins against random play fall to
+      94.8 and 80.4 %: it has not seen enough blunders to punish them all.
+    * REFRESH_EVERY = 2_000, an opponent that never learns: 92.6 % wins moving second,
+      but 8 lines lost. It pays to gamble against a beginner.
 """
 
 import copy
@@ -61,10 +89,10 @@ from tictactoe_env import legal_moves, play_moves
 # ------------------------------------------------------------------------------------
 
 # What to run
-SEED = 0  # below 500,000; the same seed gives the same weights, bit for bit
+SEED = 0  # below 500,000; same seed, machine and versions: same weights, bit for bit
 
 # Budget
-NUM_UPDATES = 800  # at least so many; step size and entropy bonus shrink meanwhile
+NUM_UPDATES = 800  # at least so many; LEARNING_RATE and ENTROPY_BONUS shrink meanwhile
 MAX_UPDATES = 1_600  # if a line is still lost after this many, stop with status 1
 REPORT_EVERY = 50  # updates between two checks of every line of play
 
@@ -74,11 +102,10 @@ REFRESH_EVERY = 20  # updates between two new opponents; never to renew it teach
 #                     gamble on the blunders of a beginner
 MAX_RANDOM_CHANCE = 0.5  # the opponent of each game moves at random with a chance drawn
 #                          from 0 to this; 0 rarely shows us how to punish bad moves
-LEARNING_RATE = 4e-3  # size of Adam's first steps; too small needs more updates
+LEARNING_RATE = 0.01  # size of Adam's first steps; too small needs more updates
 ENTROPY_BONUS = 0.25  # what a nat of variety is worth, a won game being 1; too little
 #                       and whole branches of the game are never tried again
-LAST_SHARE = 0.05  # LEARNING_RATE and ENTROPY_BONUS shrink to this share of themselves,
-#                    in a straight line over NUM_UPDATES; 1 keeps them as they are
+LAST_SHARE = 0.05  # to this share of themselves, in a straight line; 1: not at all
 HIDDEN_UNITS = 64  # width of both hidden layers
 
 # Files, written beside this script
@@ -116,6 +143,9 @@ def check_settings() -> None:
             problems.append(f"{name} = {value!r} must be {noun} {limit}")
     if not problems and MAX_UPDATES < NUM_UPDATES:
         problems.append(f"MAX_UPDATES = {MAX_UPDATES!r} must be NUM_UPDATES or more")
+    for name in ("ACTOR_PATH", "CRITIC_PATH", "CURVE_PATH"):
+        if not os.access(Path(globals()[name]).parent, os.W_OK):
+            problems.append(f"{name} must lie in a folder that can be written to")
     if problems:
         sys.exit(f"Settings: {'; '.join(problems)}.")
 
@@ -240,14 +270,15 @@ def load_network(kind: type[nn.Module], path: Path | str) -> nn.Module:
 # ------------------------------------------------------------------------------------
 
 
-def advantages_of(returns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def subtract_values(returns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Advantages: how much better the game ended than the critic expected.
 
     A_t = G_t - V(s_t)
 
-    To win from a won position is no merit, to draw a lost one is. Whatever is
-    subtracted here, as long as it does not depend on the move, leaves the expected
-    gradient as it is and only makes it less noisy.
+    Lesson 1 subtracted the mean of the batch, one number for all positions; the critic
+    knows the position. To win a won position is no merit, to draw a lost one is.
+    Whatever is subtracted, as long as it does not depend on the move, leaves the
+    expected gradient as it is and only changes how noisy it is.
 
     The critic is a yardstick here and must not be bent: without the `detach` the
     actor's loss would also train it, to expect whatever makes that loss small.
@@ -471,7 +502,7 @@ def main() -> None:
             # 3. Each own move returns what its game came to. 4. Was that expected?
             returns = results.expand_as(own)[own]  # (N,) -> (T, N) -> (B,)
             values = critic(observations[own])
-            advantages = advantages_of(returns, values)
+            advantages = subtract_values(returns, values)
 
             # 5. One gradient step: big and for much variety at first, small at the end.
             share = max(1 - update / NUM_UPDATES, LAST_SHARE)

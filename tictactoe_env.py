@@ -94,7 +94,7 @@ def play_moves(boards: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, ...
     illegal = boards[rows, actions] != 0
     boards = boards.copy()
     boards[rows[~illegal], actions[~illegal]] = 1
-    won = has_won(boards) & ~illegal
+    won = has_won(boards)
     full = (boards != 0).all(axis=-1)
     rewards = won.astype(np.float64) - illegal  # (4) +1, 0 or -1 for the mover
     terminated = won | full | illegal  # (5)

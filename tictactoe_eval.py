@@ -170,11 +170,26 @@ def against_perfect(actor: ActorNetwork, agent_first: bool) -> tuple[int, int, i
     return tuple(int((results == outcome).sum()) for outcome in (1, 0, -1))
 
 
-def perfect_share(actor: ActorNetwork) -> tuple[int, int]:
-    """(positions in which the agent's move is a perfect one, open positions in all)."""
-    boards = np.array(open_positions(), dtype=np.int8)
+def own_positions(actor: ActorNetwork) -> list[Board]:
+    """The positions in which the greedy agent may have to move, from both seats."""
+    found, waiting = set(), [EMPTY, *(after for *_, after in moves_from(EMPTY))]
+    while waiting:
+        board = waiting.pop()
+        if board not in found:
+            found.add(board)
+            choice = best_move(actor, board)
+            for cell, _, ended, after in moves_from(board):
+                if cell == choice and not ended:
+                    replies = moves_from(after)
+                    waiting += [own for _, _, over, own in replies if not over]
+    return sorted(found)
+
+
+def count_perfect(actor: ActorNetwork, positions: list[Board]) -> int:
+    """In how many of the positions is the agent's move one of minimax's best?"""
+    boards = np.array(positions, dtype=np.int8)
     perfect = perfect_masks(boards)[np.arange(len(boards)), best_moves(actor, boards)]
-    return int(perfect.sum()), len(boards)
+    return int(perfect.sum())
 
 
 def print_report(actor: ActorNetwork) -> None:
@@ -187,10 +202,8 @@ def print_report(actor: ActorNetwork) -> None:
         lines = wins + draws + losses
         print(f"{name:11}{lines:9}{wins:9}{draws:9}{losses:9}")
 
-    print(
-        "\nAgainst random play: exact chances in %, and the most wins that any player"
-    )
-    print("who never loses can have")
+    print("\nAgainst random play: chances in %, exact. Last column: the most wins that")
+    print("a player who never loses can have")
     print("agent moves      win     draw     loss   most wins")
     for name, first in seats:
         chances = "".join(f"{100 * c:9.2f}" for c in against_random(actor, first))
@@ -203,9 +216,14 @@ def print_report(actor: ActorNetwork) -> None:
         lines = wins + draws + losses
         print(f"{name:11}{lines:9}{wins:9}{draws:9}{losses:9}")
 
-    perfect, positions = perfect_share(actor)
-    print(f"\nIts move is one of minimax's best in {perfect:,} of all {positions:,}")
-    print(f"positions that can occur: {100 * perfect / positions:.1f} %")
+    print("\nIts move is one of minimax's best in")
+    for kind, positions in [
+        ("that it can meet in its games", own_positions(actor)),
+        ("that can occur in any game", open_positions()),
+    ]:
+        perfect, number = count_perfect(actor, positions), len(positions)
+        share = 100 * perfect / number
+        print(f"{perfect:6,} of {number:5,} positions {kind} ({share:.1f} %)")
 
 
 # ------------------------------------------------------------------------------------
@@ -224,6 +242,8 @@ def ask(question: str) -> str:
     except EOFError:
         print()
         raise Leave from None
+    except UnicodeDecodeError:  # keys that make no text at all
+        return "?"
     if answer in ("q", "quit", "exit"):
         raise Leave
     return answer
@@ -239,7 +259,7 @@ def ask_move(board: np.ndarray) -> int:
         if answer in list("012345678"):
             print(f"Cell {answer} is taken. Free: {', '.join(free)}.")
         elif answer:
-            print(f"'{answer}' is not the number of a cell. Free: {', '.join(free)}.")
+            print(f"{answer!r} is not the number of a cell. Free: {', '.join(free)}.")
         else:
             print(f"Type the number of a free cell: {', '.join(free)}.")
 

@@ -282,12 +282,17 @@ def test_human_mode_draws_by_itself_and_ansi_gives_the_text(capsys):
         game.TicTacToeEnv(render_mode="rgb_array")
 
 
-def test_what_was_handed_out_does_not_change_when_the_game_goes_on():
-    for env, actions in ((game.TicTacToeEnv(), 0), (game.TicTacToeVectorEnv(1), [0])):
+def test_who_scribbles_on_an_observation_does_not_change_the_game():
+    for env in (game.TicTacToeEnv(), game.TicTacToeVectorEnv(1)):
         observation, info = env.reset()
         mask = info["action_mask"]
-        env.step(actions)
-        assert not observation.any() and mask.all()
+        for ply in range(3):
+            observation[...] = 1
+            observation, _, terminated, _, info = env.step(
+                ply if isinstance(env, game.TicTacToeEnv) else [ply]
+            )
+            assert np.count_nonzero(observation) == ply + 1 and not terminated
+            assert not info["illegal_move"] and mask.all()
 
 
 def test_in_disabled_mode_an_ended_board_stays_as_it_is():
@@ -318,7 +323,7 @@ def test_the_docstring_cases_worked_by_hand():
     masked = lesson.mask_illegal(torch.tensor([5.0, 1.0]), torch.tensor([0, 1]))
     assert masked.tolist() == [-torch.inf, 1] and masked.softmax(0).tolist() == [0, 1]
     returns = torch.tensor([1.0, -1.0])
-    advantages = lesson.advantages_of(returns, torch.tensor([0.75, 0.5]))
+    advantages = lesson.subtract_values(returns, torch.tensor([0.75, 0.5]))
     assert advantages.tolist() == [0.25, -1.5]
     loss = lesson.actor_loss(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, -3.0]))
     assert loss.item() == pytest.approx(-0.6931, abs=1e-4)
@@ -374,7 +379,7 @@ def test_the_expected_gradient_is_that_of_the_expected_result_whatever_the_criti
         for chance, line, result in games:
             returns = torch.full((len(line),), float(result))
             boards = torch.from_numpy(np.array([seen for seen, _ in line]))
-            advantages = lesson.advantages_of(returns, critic(boards))
+            advantages = lesson.subtract_values(returns, critic(boards))
             log_probs = torch.stack([log_prob for _, log_prob in line])
             loss = lesson.actor_loss(log_probs, advantages)  # a mean over the moves
             objective = objective - chance.detach() * len(line) * loss
@@ -388,7 +393,7 @@ def test_the_actors_loss_teaches_the_critic_nothing():
     torch.manual_seed(0)
     critic, boards = lesson.CriticNetwork(8), torch.randn(6, 9)
     log_probs = torch.randn(6, requires_grad=True)
-    advantages = lesson.advantages_of(torch.ones(6), critic(boards))
+    advantages = lesson.subtract_values(torch.ones(6), critic(boards))
     lesson.actor_loss(log_probs, advantages).backward()
     assert log_probs.grad is not None
     assert all(weight.grad is None for weight in critic.parameters())
@@ -531,11 +536,10 @@ def test_every_line_of_play_equals_a_plain_recursion(choose, loses, agent):
         assert chance == pytest.approx(sum(lines))
 
 
-def test_the_board_is_understood_whichever_numbers_it_is_made_of():
-    actor = lesson.load_actor()
-    board = [1, 1, 0, -1, -1, 0, 0, 0, 0]
+def test_a_board_may_be_a_list_a_tuple_an_array_or_a_tensor():
+    actor, board = lesson.load_actor(), [0, 0, 1, 0, -1, 0, 0, 0, 0]
     for kind in (list, tuple, np.array, torch.tensor):
-        assert card.best_move(actor, kind(board)) == 2
+        assert card.best_move(actor, kind(board)) == card.best_move(actor, board)
     assert type(card.best_move(actor, board)) is int
 
 
@@ -675,6 +679,20 @@ def test_the_best_win_chance_equals_a_search_through_all_safe_players():
     assert 0.99 < card.best_possible(True) < 1 and card.best_possible(False) > 0.91
 
 
+def test_the_agents_own_positions_are_those_of_its_every_line_of_play():
+    actor = lesson.load_actor(ROOT / "tictactoe_actor.pth")
+    met = set()
+
+    def choose(view):
+        met.add(tuple(view))
+        return card.best_move(actor, view)
+
+    for agent in "XO":
+        list(every_line(choose, agent))
+    assert card.own_positions(actor) == sorted(met)
+    assert card.count_perfect(actor, sorted(met)) == len(met)
+
+
 def test_against_perfect_play_only_perfect_replies_are_tried():
     actor = lesson.load_actor(ROOT / "tictactoe_actor.pth")
     for first in (True, False):
@@ -701,7 +719,7 @@ def test_without_a_terminal_the_report_card_is_printed_and_that_is_all():
         outcome = card.play_every_line(actor, first)
         assert [int(cell) for cell in row[1:]] == [sum(outcome), *outcome]
     assert [row[4] for row in rows[2:4]] == ["99.48", "91.64"]
-    assert "of all 4,520" in done.stdout.replace("\n", " ")
+    assert "of 4,520 positions" in done.stdout and "Score" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 88
 
 
@@ -723,6 +741,7 @@ class Terminal:
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
             preexec_fn=make_controlling,
         )
         os.close(theirs)
@@ -739,7 +758,7 @@ class Terminal:
                 return text
             if select.select([self.handle], [], [], 0.1)[0]:
                 try:
-                    self.printed += os.read(self.handle, 9999).decode()
+                    self.printed += os.read(self.handle, 9999).decode(errors="replace")
                 except OSError:  # the other end is closed
                     break
         raise AssertionError(f"no {pattern!r} in {self.printed[self.read_up_to :]!r}")
@@ -817,6 +836,9 @@ def test_every_kind_of_wrong_input_is_said_plainly_and_asked_again():
         terminal.say(wrong)
         terminal.expect(re.escape(answer))
         terminal.expect("leave.: ")
+    os.write(terminal.handle, b"\xff\n")  # no text in any encoding
+    terminal.expect("is not the number of a cell")
+    terminal.expect("leave.: ")
     terminal.say(" 4 \n")
     terminal.expect("leave.: ")
     terminal.say("4\n")
@@ -831,6 +853,7 @@ def test_every_kind_of_wrong_input_is_said_plainly_and_asked_again():
 def test_ctrl_c_and_end_of_input_leave_cleanly_with_the_score(key):
     terminal = Terminal()
     terminal.expect("leave.: ")
+    time.sleep(0.5)  # the prompt is there a moment before the script reads
     terminal.say(key)
     assert "Traceback" not in terminal.expect(r"Bye\. Score: you 0, agent 0, draws 0")
     assert terminal.status() == 0
@@ -929,7 +952,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("kind", ["damaged", "empty", "foreign", "swapped", "code"])
+@pytest.mark.parametrize(
+    "kind", ["damaged", "empty", "foreign", "swapped", "other game", "code"]
+)
 def test_a_bad_weights_file_is_refused_in_one_line_and_nothing_runs(
     tmp_path, kind, name
 ):
@@ -940,6 +965,8 @@ def test_a_bad_weights_file_is_refused_in_one_line_and_nothing_runs(
         path.write_bytes(b"")
     elif kind == "foreign":
         torch.save(torch.nn.Linear(9, 9).state_dict(), path)
+    elif kind == "other game":
+        torch.save({**shipped, "env_id": "Connect4-v0"}, path)
     elif kind == "swapped":
         path.write_bytes((ROOT / WEIGHTS[name == WEIGHTS[0]]).read_bytes())
     else:
@@ -982,11 +1009,19 @@ def test_an_impossible_constant_is_refused_before_anything_runs(
     assert capsys.readouterr().out == "" and not list(in_folder.iterdir())
 
 
+def test_a_folder_that_is_not_there_is_refused_before_the_run_and_not_after_it(
+    in_folder, monkeypatch
+):
+    monkeypatch.setattr(lesson, "CRITIC_PATH", in_folder / "nowhere" / "c.pth")
+    with pytest.raises(SystemExit, match="CRITIC_PATH must lie in a folder"):
+        lesson.main()
+
+
 def test_several_impossible_constants_are_named_together_without_a_traceback(tmp_path):
     done = run_copy(
         tmp_path,
         "tictactoe_actorcritic.py",
-        ("LEARNING_RATE = 4e-3", "LEARNING_RATE = 'x'"),
+        ("LEARNING_RATE = 0.01", "LEARNING_RATE = 'x'"),
         ("NUM_UPDATES = 800", "NUM_UPDATES = 0"),
     )
     assert_one_plain_line(done, "LEARNING_RATE", "NUM_UPDATES")

@@ -77,7 +77,8 @@ def train(seed: int, **settings: float) -> tuple[dict, list[tuple[float, ...]]]:
     wins_first, wins_second = (
         round(100 * card.against_random(actor, seat)[0], 2) for seat in lesson.SEATS
     )
-    perfect, positions = card.perfect_share(actor)
+    positions = card.open_positions()
+    perfect = 100 * card.count_perfect(actor, positions) / len(positions)
     games_to_zero = [games for games, _, _, lost in checks if lost == 0]
     figures = {
         "seed": seed,
@@ -89,7 +90,7 @@ def train(seed: int, **settings: float) -> tuple[dict, list[tuple[float, ...]]]:
         "lines moving second": sum(second),
         "wins % moving first": wins_first,
         "wins % moving second": wins_second,
-        "perfect moves %": round(100 * perfect / positions, 1),
+        "perfect moves %": round(perfect, 1),
         "games to the first check without a loss": min(games_to_zero, default=None),
     }
     return figures, checks
