@@ -1,6 +1,7 @@
 """The README names only what exists: commands, files, constants, links."""
 
 import fnmatch
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 CODE_BLOCKS = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL))
 QUOTED = sorted(set(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PROSE)))
 SCRIPTS = sorted(ROOT.glob("*.py"))
+RESULTS = sorted(ROOT.glob("tests/benchmarks/results/*.json"))
 
 
 def written_by_running(name: str) -> bool:
@@ -72,6 +74,12 @@ def test_every_lesson_of_the_top_level_is_in_the_table_of_lessons():
     table = [line for line in README.splitlines() if line.startswith("|")]
     for script in SCRIPTS:
         assert any(f"`{script.name}`" in line for line in table), script.name
+
+
+@pytest.mark.parametrize("results", RESULTS, ids=lambda results: results.stem)
+def test_every_figure_of_a_summary_table_is_the_one_that_was_measured(results):
+    for name, value in json.loads(results.read_text())["summary"].items():
+        assert f"| {name} | {value:g} |" in README, name
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
