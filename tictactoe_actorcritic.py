@@ -30,17 +30,14 @@ Symbols (T plies, single moves, at most 9; N games side by side; B own moves in 
     V(s_t)     values        (B,)       what the critic expects G_t to be
     A_t        advantages    (B,)       G_t - V(s_t)
     ln pi(a|s) log_probs     (B,)       log-probability of the move that was made
-    H          entropy       scalar     variety of the moves in nats: 0 is none, and all
-                                        nine cells equally likely is ln 9 = 2.2
+    H          entropy       scalar     variety in nats: 0 none, ln 9 = 2.2 all alike
 
 Where this differs from the book, and why
     Sutton & Barto, Reinforcement Learning, 2nd ed., sections 13.4 and 13.5:
-    * The book keeps the name actor-critic for methods that cut the return short and
-      let the critic complete it: G_t = r_t + gamma V(s_{t+1}). Here a game has at most
-      five own moves, so we wait for its end, as in "REINFORCE with baseline" (13.4).
-      Lesson 3 lets the critic complete what was not seen.
-    * Nothing is discounted (gamma = 1): a win is a win, early or late.
-    * The opponent changes as the agent learns; the book's environment stands still.
+    * The book's actor-critic cuts the return short and lets the critic complete it
+      (13.5). A game has at most five own moves, so we wait for its end, as in
+      "REINFORCE with baseline" (13.4). In lesson 3 the critic completes returns.
+    * Nothing is discounted (gamma = 1), and the opponent changes as the agent learns.
     * An entropy bonus, as in A3C (Mnih et al., 2016), keeps the moves varied.
 
 Run it
