@@ -457,7 +457,7 @@ def save_run(
         paths.pop()
     else:
         draw_learning_curve(history, paths[2])
-    return ", ".join(path.name for path in paths)
+    return "\n".join(path.name for path in paths)
 
 
 def print_introduction() -> None:
@@ -532,17 +532,18 @@ def main() -> None:
     except KeyboardInterrupt:
         bar.close()
         names = save_run(actor, critic, history, "_interrupted")
-        print(f"\nStopped after {update} updates. This run is kept in {names};")
-        print(f"{Path(ACTOR_PATH).name} and {Path(CRITIC_PATH).name} are as they were.")
+        print(f"\nStopped after {update} updates. The good weights are as they were.")
+        print(f"This run is kept in\n{names}")
         return
     bar.close()
 
     facts = {"updates": update, "lost_lines": sum(lost)}
     if not solved:
         names = save_run(actor, critic, history, "_unsolved", **facts)
+        names = names.replace("\n", ", ")
         sys.exit(f"{sum(lost)} lines lost after {update} updates; kept in {names}.")
     names = save_run(actor, critic, history, **facts)
-    print(f"\nNo line of play is lost after {update} updates. Written:\n{names}.")
+    print(f"\nNo line of play is lost after {update} updates. Written:\n{names}")
     print("Play against it: python tictactoe_eval.py")
 
 
