@@ -102,7 +102,7 @@ MAX_RANDOM_CHANCE = 0.5  # the opponent of each game moves at random with a chan
 LEARNING_RATE = 0.01  # size of Adam's first steps; too small needs more updates
 ENTROPY_BONUS = 0.25  # what a nat of variety is worth, a won game being 1; too little
 #                       and whole branches of the game are never tried again
-LAST_SHARE = 0.05  # to this share of themselves, in a straight line; 1: not at all
+LAST_SHARE = 0.05  # share of both that is left after NUM_UPDATES; 1: they never shrink
 HIDDEN_UNITS = 64  # width of both hidden layers
 
 # Files, written beside this script
