@@ -525,7 +525,7 @@ def packed_weights(policy: PreTrainedModel, rows: int) -> Iterator[None]:
     gradients, which do not exist yet. The results are the same up to rounding.
     """
     layers = []
-    if policy.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if policy.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         layers = [
             x for x in policy.modules() if isinstance(x, torch.nn.Linear | Conv1D)
         ]
