@@ -43,6 +43,13 @@ Run it
     accelerate launch --num_processes 4 grpo_training.py  4 GPUs, one group over all 4
     torchrun --nproc_per_node 2 grpo_training.py          2 processes on a CPU, where
                                                           `accelerate` starts only one
+
+If it does not learn
+    * Most steps are skipped, or the std is near 0: the reward gives every response the
+      same number, so there is nothing to compare.
+    * The reward rises while the texts get worse: the reward is too easily pleased. Mend
+      it, or hold the policy back with KL_COEF = 0.04.
+    * The texts turn into gibberish: LR is too big.
 """
 
 import contextlib
@@ -97,7 +104,8 @@ MAX_NEW_TOKENS = 64  # longer responses are cut here; time grows in proportion
 EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the gain
 
 # Algorithm
-LR = 1e-5  # size of AdamW's step; 1e-4 ruins a pretrained model, 1e-7 does nothing
+LR = 1e-5  # size of AdamW's step; too big and the texts turn into gibberish, too small
+#            and 50 steps change nothing
 TEMPERATURE = 1.0  # of the drawing, and of the log-probabilities that are trained
 TOP_P = 0.95  # draw from the likeliest tokens that together hold 95 %: without the odd
 #               tail, texts read better. But the log-probabilities are those of all

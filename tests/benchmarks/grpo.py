@@ -1,7 +1,7 @@
 """Lesson 4 against TRL's GRPOTrainer: seconds a step, peak memory, loss and gradient.
 
     pip install -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/grpo.py
+    python tests/benchmarks/grpo.py     (or with `compare` or `growth`, one of the two)
     REAL_MODEL=folder python tests/benchmarks/grpo.py         a pretrained model as well
     REAL_MODEL=folder python tests/benchmarks/grpo.py train   the lesson itself, on it;
                                      ... train NUM_SAMPLES=2    with a Setting edited
@@ -358,9 +358,7 @@ def train(model, *edits):
         "first step": steps[0],
         "last step": steps[-1],
     }
-    results = json.loads(RESULT_PATH.read_text()) if RESULT_PATH.exists() else {}
-    results[" ".join(["end to end", *edits])] = run
-    RESULT_PATH.write_text(json.dumps(results, indent=2) + "\n")
+    return {" ".join(["end to end", *edits]): run}
 
 
 def row(*arguments):
@@ -372,90 +370,89 @@ def row(*arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def main():
-    with tempfile.TemporaryDirectory() as folder:
-        compare(Path(folder))
-
-
-def compare(folder):
-    """Print the tables and write the results."""
-    for name, layers in [(RANDOM, 12), (SHALLOW, 2)]:
-        row("random", folder / name, layers)
-    models = [str(folder / RANDOM)] + [
-        os.environ[k] for k in ("REAL_MODEL",) if k in os.environ
-    ]
+def compare():
+    """The lesson and TRL side by side; gives (runs, summary)."""
     runs, summary = [], {}
     print(
         "policy                 trainer                 s a step  peak GB"
         "  tokens/s written  trained"
     )
-    for model in models:
-        name = Path(model).name
-        rows = {
-            "grpo_training.py": row("ours", model),
-            "TRL, parts of 2": row("trl", model, 2),
-            "TRL, all 8 at once": row("trl", model, 8),
-        }
-        for trainer, result in rows.items():
-            result["median_s"] = statistics.median(result["seconds"][1:])
-            runs.append({"seed": SEED, "policy": name, "trainer": trainer, **result})
+    with tempfile.TemporaryDirectory() as folder:
+        models = [f"{folder}/{RANDOM}"]
+        row("random", models[0], 12)
+        if "REAL_MODEL" in os.environ:
+            models.append(os.environ["REAL_MODEL"])
+        for model in models:
+            name = Path(model).name
+            rows = {
+                "grpo_training.py": row("ours", model),
+                "TRL, parts of 2": row("trl", model, 2),
+                "TRL, all 8 at once": row("trl", model, 8),
+            }
+            for trainer, result in rows.items():
+                result["median_s"] = statistics.median(result["seconds"][1:])
+                facts = {"seed": SEED, "policy": name, "trainer": trainer}
+                runs.append(facts | result)
+                print(
+                    f"{name:23}{trainer:24}{result['median_s']:8.2f}"
+                    f"{result['peak_gb']:9.2f}{result['tokens_per_s_writing']:18.0f}"
+                    f"{result['tokens_per_s_training']:9.0f}",
+                    flush=True,
+                )
+            ours, parts, whole = rows.values()
+            summary[name] = {
+                "time / TRL all at once": ours["median_s"] / whole["median_s"],
+                "time / TRL in parts": ours["median_s"] / parts["median_s"],
+                "peak / TRL all at once": ours["peak_gb"] / whole["peak_gb"],
+                "peak / TRL in parts": ours["peak_gb"] / parts["peak_gb"],
+                "difference from TRL": row("equality", model),
+            }
+            print(json.dumps(summary[name], indent=2), flush=True)
+    return runs, summary
+
+
+def growth():
+    """What a step costs as the group, or the responses, grow; gives (runs, summary)."""
+    runs = []
+    print(f"one step of {SHALLOW}          s   ms a token  peak GB")
+    with tempfile.TemporaryDirectory() as folder:
+        row("random", folder, 2)
+        sizes = [(n, TOKENS) for n in (4, 8, 16, 32, 64)]
+        for samples, tokens in sizes + [(SAMPLES, n) for n in (16, 32, 128, 256)]:
+            result = row("ours", folder, samples, tokens, 2)
+            seconds = result["seconds"][-1]
+            facts = {"seed": SEED, "policy": SHALLOW}
+            facts |= {"samples": samples, "tokens": tokens}
+            facts |= {"ms_a_token": 1000 * seconds / samples / tokens}
+            runs.append(facts | result)
             print(
-                f"{name:23}{trainer:24}{result['median_s']:8.2f}"
-                f"{result['peak_gb']:9.2f}{result['tokens_per_s_writing']:18.0f}"
-                f"{result['tokens_per_s_training']:9.0f}",
+                f"  {samples:3} responses of {tokens:3} tokens {seconds:17.1f}"
+                f"{facts['ms_a_token']:13.1f}{result['peak_gb']:9.2f}",
                 flush=True,
             )
-        ours, parts, whole = rows.values()
-        summary[name] = {
-            "time / TRL all at once": ours["median_s"] / whole["median_s"],
-            "time / TRL in parts": ours["median_s"] / parts["median_s"],
-            "peak / TRL all at once": ours["peak_gb"] / whole["peak_gb"],
-            "peak / TRL in parts": ours["peak_gb"] / parts["peak_gb"],
-        }
-        summary[name] |= {"difference from TRL": row("equality", model)}
-        print(json.dumps(summary[name], indent=2))
-    print(f"one step of {SHALLOW}         s    ms a token  peak GB")
-    for samples, tokens in [(n, TOKENS) for n in (4, 8, 16, 32, 64)] + [
-        (SAMPLES, n) for n in (16, 32, 128, 256)
-    ]:
-        result = row("ours", folder / SHALLOW, samples, tokens, 1)
-        per_token = 1000 * result["seconds"][-1] / samples / tokens
-        runs.append(
-            {
-                "seed": SEED,
-                "policy": SHALLOW,
-                "samples": samples,
-                "tokens": tokens,
-                **result,
-            }
-        )
-        print(
-            f"  {samples:3} responses of {tokens:3} tokens"
-            f"{result['seconds'][-1]:16.1f}{per_token:14.1f}{result['peak_gb']:9.2f}",
-            flush=True,
-        )
-    costs = [
-        1000 * r["seconds"][-1] / r["samples"] / r["tokens"]
-        for r in runs
-        if "samples" in r
-    ]
-    summary["ms a token, from 4 to 64 responses"] = costs[:5]
-    summary["ms a token, from 16 to 256 tokens"] = [*costs[5:7], costs[1], *costs[7:]]
-    names = ("torch", "transformers", "accelerate", "trl")
-    results = json.loads(RESULT_PATH.read_text()) if RESULT_PATH.exists() else {}
-    results |= {
-        "machine": machine(),
-        "versions": {name: version(name) for name in names},
-        "command": "REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo.py",
-        "runs": runs,
-        "summary": summary,
+    costs = [run["ms_a_token"] for run in runs]
+    return runs, {
+        "ms a token, from 4 to 64 responses": costs[:5],
+        "ms a token, from 16 to 256 tokens": [*costs[5:7], costs[1], *costs[7:]],
     }
-    RESULT_PATH.write_text(json.dumps(results, indent=2) + "\n")
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["row"]:
-        what, model, *numbers = sys.argv[2:]
+def write(**found):
+    """Put these entries into the results, and leave the others there as they are."""
+    names = ("torch", "transformers", "accelerate", "trl")
+    facts = {
+        "machine": machine(),
+        "versions": {name: version(name) for name in names if find_spec(name)},
+        "command": "REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo.py",
+    }
+    old = json.loads(RESULT_PATH.read_text()) if RESULT_PATH.exists() else {}
+    RESULT_PATH.write_text(json.dumps(old | facts | found, indent=2) + "\n")
+
+
+def main():
+    command, *rest = sys.argv[1:] or ["all"]
+    if command == "row":
+        what, model, *numbers = rest
         function = {
             "ours": run_ours,
             "trl": run_trl,
@@ -463,9 +460,18 @@ if __name__ == "__main__":
             "random": make_random,
         }[what]
         print("\n" + json.dumps(function(model, *map(int, numbers))))
-    elif sys.argv[1:] == ["unpack"]:
+    elif command == "unpack":
         unpack(os.environ["REAL_MODEL"])
-    elif sys.argv[1:2] == ["train"]:
-        train(os.environ["REAL_MODEL"], *sys.argv[2:])
+    elif command == "train":
+        write(**train(os.environ["REAL_MODEL"], *rest))
     else:
-        main()
+        if command in ("all", "compare"):
+            runs, summary = compare()
+            write(runs=runs, summary=summary)
+        if command in ("all", "growth"):
+            runs, summary = growth()
+            write(**{"growth runs": runs, "growth": summary})
+
+
+if __name__ == "__main__":
+    main()
