@@ -95,7 +95,7 @@ REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"
 REWARD_FUNCTION = None  # or a function (prompt, responses) -> rewards, one number for
 #                         each response: it takes the reward model's place
 PROMPTS = ["Explain why regular exercise is important."]  # several are taken in turn
-SEED = 0  # below 500,000; the same seed draws the same responses
+SEED = 0  # below 500,000; same seed, machine and versions: the same responses
 
 # Budget
 NUM_STEPS = 50  # groups, and so gradient steps
@@ -107,10 +107,10 @@ EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the 
 LR = 1e-5  # size of AdamW's step; too big and the texts turn into gibberish, too small
 #            and 50 steps change nothing
 TEMPERATURE = 1.0  # of the drawing, and of the log-probabilities that are trained
-TOP_P = 0.95  # draw from the likeliest tokens that together hold 95 %: without the odd
-#               tail, texts read better. But the log-probabilities are those of all
-#               tokens: a good response rises at the tail's expense too, which was never
-#               on offer. So the gradient is slightly wrong; 1.0 is the exact choice.
+TOP_P = 0.95  # draw only from the likeliest tokens that together hold 95 %, without the
+#               odd tail: texts read better. But the loss uses the probabilities before
+#               this cut, so the gradient is slightly wrong, and the entropy and KL that
+#               are printed are too low. With 1.0 nothing is cut and all are exact.
 CLIP_EPS = 0.2  # a token stops being pushed once its probability changed by 20 %
 INNER_STEPS = 1  # gradient steps from one group; with 1 the clip never acts
 KL_COEF = 0.0  # pull back to the first policy: 0.04 is the paper's. Above 0, a frozen
@@ -118,7 +118,7 @@ KL_COEF = 0.0  # pull back to the first policy: 0.04 is the paper's. Above 0, a 
 SCALE_BY_STD = True  # divide the advantages by the std of the group's rewards
 MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
 
-# Memory: these change no result, only what is held at once
+# Memory: these change results by rounding only (which may, in time, change a word)
 MICRO_BATCH_SIZE = 2  # responses in one backward pass; on a GPU, more is faster
 SAMPLE_BATCH_SIZE = 32  # responses that are written, or scored, together
 GRADIENT_CHECKPOINTING = False  # keep less for the backward pass, compute it again
@@ -140,7 +140,7 @@ def check_settings() -> None:
         "NUM_STEPS": (int, 1, math.inf),
         "NUM_SAMPLES": (int, 2, math.inf),
         "MAX_NEW_TOKENS": (int, 1, math.inf),
-        "EVAL_SAMPLES": (int, 1, math.inf),
+        "EVAL_SAMPLES": (int, 2, math.inf),
         "LR": (float, 1e-9, 1),
         "TEMPERATURE": (float, 0.01, 100),
         "TOP_P": (float, 0.01, 1),
@@ -459,9 +459,11 @@ def grpo_loss(
     J_it   = min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i) - beta k3_it
     loss   = -mean_i( mean_t J_it )
 
-    DeepSeekMath, eq. (3). On the first step from a group rho is 1 everywhere and the
-    loss is about 0, because the advantages add up to 0. Its gradient is not 0, and the
-    gradient is what trains: d rho = d ln pi, the policy gradient.
+    DeepSeekMath, eq. (3). The min stops pushing a token once rho has moved by eps the
+    way A asks for, and never stops it from coming back. On the first step from a group
+    rho is 1 and the advantages add up to 0, so the loss is beta times the mean of k3: 0
+    without KL. Its gradient is not 0, and the gradient is what trains: at rho = 1 it is
+    that of A_i ln pi, as in REINFORCE.
 
     `log_probs`, `old_log_probs`, `ref_log_probs` (None without KL) and `mask` (G, L),
     `advantages` (G,); beta is `kl_coef`. Gives a scalar.
@@ -708,7 +710,8 @@ def collect_group(
     rewards = accelerator.gather(score(prompt, texts))
     if not rewards.isfinite().all():
         stop(
-            "A reward is not a finite number. Stopped, with the policy left as it was."
+            "A reward is not a finite number. Stopped before it reached the policy; "
+            "nothing was written."
         )
     return prompt_ids, completion_ids, gather_object(texts), rewards
 
@@ -772,8 +775,9 @@ def token_sums(
 ) -> torch.Tensor:
     """What to watch, summed over the real tokens: KL, -ln pi, clipped, their number.
 
-    The mean of -ln pi over tokens that the policy drew estimates its entropy, without
-    another tensor of the size of the vocabulary. Arguments as in `grpo_loss`.
+    With TOP_P = 1 the mean of -ln pi over the tokens drawn estimates the entropy, with
+    no other tensor of the size of the vocabulary; below 1 it is too low, as the tail is
+    never drawn. Arguments as in `grpo_loss`.
     """
     real = mask.bool()
     ratio = (log_probs - old_log_probs)[real].exp()
@@ -861,7 +865,10 @@ def grpo_step(
         loss = accelerator.reduce(loss, "mean").item()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
         if not math.isfinite(loss + grad_norm.item()):
-            stop("The loss is not a finite number. Stopped before the policy changed.")
+            stop(
+                "The loss is not a finite number. Stopped before it reached the "
+                "policy; nothing was written."
+            )
         optimizer.step()
         optimizer.zero_grad()
     module.eval()
@@ -935,10 +942,11 @@ def save_run(
     folder = Path(__file__).parent / SAVE_DIR
     folder = folder.with_name(folder.name + suffix)
     save_model(policy, tokenizer, folder)
+    if not history:  # stopped before the first step: there is no curve yet
+        return f"{folder.name}/"
     curve_path = Path(CURVE_PATH)
     curve_path = curve_path.with_stem(curve_path.stem + suffix)
-    if history:
-        draw_learning_curve(history, curve_path)
+    draw_learning_curve(history, curve_path)
     return f"{folder.name}/ and {curve_path.name}"
 
 
@@ -964,8 +972,8 @@ def main() -> None:
     judge = getattr(REWARD_FUNCTION, "__name__", REWARD_FUNCTION) or REWARD_MODEL_NAME
     say(f"GRPO on {accelerator.num_processes} x {device}: {NUM_STEPS} steps, each")
     say(f"of {NUM_SAMPLES} responses by {POLICY_MODEL_NAME}, scored by {judge}.")
-    say("The reward should rise. The loss is 0 at the first step from a group, and is")
-    say("not progress. Entropy (nats a token) near 0 means that one answer is left;")
+    say("The reward should rise. The loss is 0 at the first step from a group, but for")
+    say("the KL, and not progress. Entropy (nats a token) near 0: one answer is left;")
     say("'cut off' is the share of responses that MAX_NEW_TOKENS cut short.")
 
     # 1. The policy, what scores it, and a frozen copy of it if KL_COEF needs one.
@@ -1046,7 +1054,7 @@ def main() -> None:
 
     # 6. The gain, on responses that played no part in training, and the model.
     if chief:
-        say(f"\nReward of {EVAL_SAMPLES} fresh responses to each prompt, mean +- std")
+        say(f"\nReward of {EVAL_SAMPLES} fresh responses to each prompt: mean +- std")
         for name, result in [("before", before), ("after", after)]:
             say(f"  {name:8}{result.mean():+7.3f} +- {result.std():.3f}")
         names = save_run(accelerator.unwrap_model(policy), tokenizer, history)
