@@ -16,7 +16,7 @@ The algorithm in 6 steps
        better things went than that (generalised advantage estimation, GAE).
     4. Go over this batch several times in small random parts. On each: make actions
        with a positive advantage likelier, but stop pushing once their probability has
-       changed by 20 %; pull the critic towards the returns that were seen.
+       changed by 20 %; pull the critic towards what it saw, completed by its guesses.
     5. Lower the learning rate a little and go back to 2, until the steps are spent.
     6. Measure the score on held-out episodes, which played no part so far.
 
@@ -32,7 +32,7 @@ Symbols (T steps, N environments, B = T*N steps in all, D = 8 observed, A = 4 ac
 
 Where this differs from the papers, and why
     Schulman et al. 2017 (PPO, arXiv 1707.06347) and 2015 (GAE, arXiv 1506.02438):
-    * The actor and the critic share no layers: neither loss disturbs the other's.
+    * The actor and the critic share no layers: neither loss disturbs the other network.
     * Rewards are divided by 100, gradients clipped, the weights start orthogonal. What
       each is worth is not yet measured (tests/benchmarks/lunarlander_ablations.py).
     * An episode that ran out of time is not a landing or a crash: see `gae`.
@@ -275,7 +275,7 @@ def normalise(advantages: torch.Tensor) -> torch.Tensor:
 
     `advantages` (B,) float32 gives (B,). The step of the policy is then as long while
     the agent crashes (advantages of -1) as when it lands (0.01).
-    By hand: [1, 2, 3]  ->  [-1.2247, 0, 1.2247].
+    By hand: [1, 2, 3]  ->  [-1.2246, 0, 1.2246].
     """
     return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-4)
 
