@@ -43,6 +43,7 @@ Run it
     accelerate launch --num_processes 4 grpo_training.py  4 GPUs, one group over all 4
     torchrun --nproc_per_node 2 grpo_training.py          2 processes on a CPU, where
                                                           `accelerate` starts only one
+    Ctrl-C keeps the run so far; with several processes it may be lost.
 
 If it does not learn
     * Most steps are skipped, or the std is near 0: the reward gives every response the

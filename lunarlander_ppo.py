@@ -27,7 +27,7 @@ Symbols (T steps, N environments, B = T*N steps in all, D = 8 observed, A = 4 ac
     a_t       actions       (T, N): 0 nothing, 1 left engine, 2 main engine, 3 right
     r_t       rewards       (T, N): of the step from s_t to s_{t+1}, times REWARD_SCALE
     A_t       advantages    (T, N): how much better a_t was than V(s_t) expected
-    R_t       returns       (T, N): A_t + V(s_t), what the critic learns to predict
+    G_t       returns       (T, N): A_t + V(s_t), what the critic learns to predict
     rho_t     ratio         (B,): pi(a_t|s_t) now over pi(a_t|s_t) when it was taken
 
 Where this differs from the papers, and why
@@ -53,6 +53,7 @@ If it does not learn
 
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -324,8 +325,8 @@ def clipped_surrogate_loss(
     return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
 
-def value_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the critic: mean_t( (V(s_t) - R_t)^2 ).
+def critic_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the critic: mean_t( (V(s_t) - G_t)^2 ).
 
     `values` (B,) with gradient, `returns` (B,). Gives a scalar. PPO's eq. (9), L^VF.
     By hand: values = [1, 2], returns = [1, 4]  ->  2.
@@ -334,7 +335,7 @@ def value_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """How well the critic predicts: 1 - var(R - V) / var(R).
+    """How well the critic predicts: 1 - var(G - V) / var(G).
 
     1 is perfect, 0 no better than a constant, below 0 worse than one. Both (B,).
     By hand: values = [0, 0], returns = [1, -1]  ->  0.
@@ -525,9 +526,9 @@ def ppo_loss(
     policy_loss = clipped_surrogate_loss(
         log_probs, batch["old_log_probs"], batch["advantages"], clip_eps
     )
-    critic_loss = value_loss(agent.critic(batch["observations"]), batch["returns"])
-    loss = policy_loss + value_weight * critic_loss - entropy_bonus * entropies.mean()
-    return loss, policy_loss.detach(), critic_loss.detach()
+    value_loss = critic_loss(agent.critic(batch["observations"]), batch["returns"])
+    loss = policy_loss + value_weight * value_loss - entropy_bonus * entropies.mean()
+    return loss, policy_loss.detach(), value_loss.detach()
 
 
 def learn(
@@ -547,13 +548,13 @@ def learn(
     for _ in range(epochs):
         for rows in torch.randperm(len(batch["actions"])).split(minibatch_size):
             minibatch = {name: column[rows] for name, column in batch.items()}
-            loss, policy_loss, critic_loss = ppo_loss(agent, minibatch, **loss_settings)
+            loss, policy_loss, value_loss = ppo_loss(agent, minibatch, **loss_settings)
             optimizer.zero_grad()
             loss.backward()
             for network in (agent.actor, agent.critic):
                 nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
             optimizer.step()
-            losses.append(torch.stack([policy_loss, critic_loss]))
+            losses.append(torch.stack([policy_loss, value_loss]))
     return tuple(torch.stack(losses).mean(0).tolist())
 
 
@@ -653,12 +654,28 @@ def report_line(history: list, steps: int, seconds: float, *numbers: float) -> s
     recent = history[-100:] or [(steps, math.nan, math.nan)]
     _, mean_return, length = np.mean(recent, axis=0)
     speed = steps / seconds
-    kl, clipped, entropy, explained, policy_loss, critic_loss = numbers
+    kl, clipped, entropy, explained, policy_loss, value_loss = numbers
     return (
         f"{mean_return:6.1f}{length:8.0f}{steps:11,}{speed:9,.0f}"
         f"{kl:8.4f}{clipped:9.0%}"
-        f"{entropy:9.3f}{explained:11.2f}{policy_loss:11.4f}{critic_loss:10.4f}"
+        f"{entropy:9.3f}{explained:11.2f}{policy_loss:11.4f}{value_loss:10.4f}"
     )
+
+
+def remember_ctrl_c() -> list[bool]:
+    """Let Ctrl-C leave a mark in the list that this gives, besides what it always does.
+
+    The KeyboardInterrupt that it raises can be lost: Box2D is written in C++, calls
+    Python for every contact, and drops what is raised there.
+    """
+    pressed = []
+
+    def note(*_) -> None:
+        pressed.append(True)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    return pressed
 
 
 def main() -> None:
@@ -673,12 +690,15 @@ def main() -> None:
     updates = TOTAL_STEPS // (NUM_ENVS * ROLLOUT_STEPS)
     running, history, steps = np.zeros((2, NUM_ENVS)), [], 0
     start = time.perf_counter()
+    pressed = remember_ctrl_c()
     bar = tqdm(total=updates, unit="update", leave=False, disable=None)
     try:
         optimizer = torch.optim.Adam(agent.parameters(), LEARNING_RATE, fused=True)
         envs = make_envs(NUM_ENVS)
         observations, _ = envs.reset(seed=SEED)
         for update in range(updates):
+            if pressed:
+                raise KeyboardInterrupt
             # 2. Fly.
             rollout, observations, finished = collect(
                 envs, agent.actor, observations, running, ROLLOUT_STEPS

@@ -460,7 +460,7 @@ def save_run(
     return "\n".join(path.name for path in paths)
 
 
-def print_introduction() -> None:
+def print_header() -> None:
     """Say what is going to run, how long it takes and how to read the table."""
     print(f"Self-play actor-critic on {ENV_ID}, seed {SEED}, on the CPU.")
     print(f"{NUM_UPDATES} updates of {GAMES_PER_UPDATE} games, about 10 seconds.")
@@ -474,7 +474,7 @@ def main() -> None:
     """Train until no line of play is lost, then draw and save."""
     check_settings()
     torch.set_num_threads(1)  # the networks are so small that more threads only wait
-    print_introduction()
+    print_header()
 
     # 1. An actor and a critic that know nothing, and a frozen copy of the actor.
     torch.manual_seed(SEED)

@@ -183,7 +183,9 @@ class TicTacToeEnv(gym.Env):
         the game as a loss of the mover. A number that is no cell at all is a bug in the
         caller, not a bad move: InvalidAction.
         """
-        if not self.action_space.contains(action):
+        # In Gymnasium 1.2.3 `contains` cannot read whole numbers beyond 64 bits.
+        too_far = isinstance(action, int) and not 0 <= action < 9
+        if too_far or not self.action_space.contains(action):
             raise gym.error.InvalidAction(
                 f"an action is a whole number from 0 to 8, got {action!r}"
             )

@@ -1,5 +1,6 @@
 """Tests of lesson 3: lunarlander_ppo.py and lunar_eval.py."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -133,7 +134,7 @@ def test_the_docstring_cases_worked_by_hand():
         torch.tensor([1.5, 0.5]).log(), torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2
     )
     assert loss.item() == pytest.approx(-0.2)
-    loss = lesson.value_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+    loss = lesson.critic_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
     assert loss.item() == 2
     explained = lesson.explained_variance(torch.zeros(2), torch.tensor([1.0, -1.0]))
     assert explained == pytest.approx(0, abs=1e-6)
@@ -242,7 +243,7 @@ def test_the_critic_gives_a_flat_vector_so_that_nothing_broadcasts():
     assert values.shape == batch["returns"].shape == (15,)
     assert agent.critic(batch["observations"][:1]).shape == (1,)
     by_hand = sum((values - batch["returns"]).tolist()[i] ** 2 for i in range(15)) / 15
-    loss = lesson.value_loss(values, batch["returns"])
+    loss = lesson.critic_loss(values, batch["returns"])
     assert loss.item() == pytest.approx(by_hand, rel=1e-4)
 
 
@@ -616,6 +617,24 @@ def test_ctrl_c_keeps_the_run_under_another_name_and_the_good_weights(tmp_path):
     assert "Stopped after" in printed
     assert (tmp_path / SHIPPED.name).read_bytes() == b"good"
     assert lesson.load_agent(tmp_path / "ppo_lunarlander_final_interrupted.pt")
+
+
+def test_a_ctrl_c_that_is_lost_inside_box2d_still_stops_the_run(
+    in_folder, monkeypatch, capsys
+):
+    collect = lesson.collect
+
+    def collect_and_lose_ctrl_c(*arguments):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return collect(*arguments)
+
+    monkeypatch.setattr(lesson, "collect", collect_and_lose_ctrl_c)
+    before = signal.getsignal(signal.SIGINT)
+    lesson.main()
+    signal.signal(signal.SIGINT, before)
+    steps = lesson.NUM_ENVS * lesson.ROLLOUT_STEPS
+    assert f"Stopped after {steps:,} steps" in capsys.readouterr().out
 
 
 def test_without_box2d_one_line_names_the_command_that_installs_it(tmp_path):

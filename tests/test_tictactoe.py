@@ -203,7 +203,7 @@ def test_a_full_board_won_with_the_last_stone_is_a_win_and_no_draw():
     assert (reward, terminated, info["illegal_move"]) == (1, True, False)
 
 
-@pytest.mark.parametrize("action", [9, -1, 4.0, "4", None, 2**62])
+@pytest.mark.parametrize("action", [9, -1, 4.0, "4", None, 2**70])
 def test_an_action_that_is_no_cell_is_a_clear_error_and_changes_nothing(action):
     env, envs = game.TicTacToeEnv(), game.TicTacToeVectorEnv(2)
     env.reset()
