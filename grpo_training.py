@@ -120,7 +120,7 @@ SCALE_BY_STD = True  # divide the advantages by the std of the group's rewards
 MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
 
 # Memory: these change results by rounding only (which may, in time, change a word)
-MICRO_BATCH_SIZE = 2  # responses in one backward pass; on a GPU, more is faster
+MICRO_BATCH_SIZE = 2  # responses in one backward pass; more is faster, takes more
 SAMPLE_BATCH_SIZE = 32  # responses that are written, or scored, together
 GRADIENT_CHECKPOINTING = False  # keep less for the backward pass, compute it again
 
@@ -205,6 +205,9 @@ def start_accelerator(device: str, group_sizes: dict[str, int]) -> Accelerator:
                 f"Launched with {name}, which this script does not support: the whole "
                 "model must fit in each process. Launch it with --multi_gpu instead."
             )
+    # On a CPU under Linux: large tensors in pages of 2 MB instead of 4 kB, for speed.
+    # PyTorch looks at this when it makes its first tensor.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
     count = accelerator.num_processes
     for name, size in group_sizes.items():
@@ -347,14 +350,23 @@ def check_prompts(
 def save_model(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write a folder that `transformers` loads, each file whole or not at all."""
+    """Write a folder that `transformers` loads, each file whole or not at all.
+
+    Files of an earlier model that this one has no more are deleted: they would be read
+    as its own. Anything else in the folder stays.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     policy.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     folder.mkdir(parents=True, exist_ok=True)
+    written = {file.name for file in temporary.iterdir()}
     for file in temporary.iterdir():
         os.replace(file, folder / file.name)
     temporary.rmdir()
+    for pattern in ("*.safetensors*", "*token*.json", "vocab.*", "merges.txt", "spm.*"):
+        for file in folder.glob(pattern):
+            if file.name not in written:
+                file.unlink()
 
 
 # ------------------------------------------------------------------------------------
@@ -407,26 +419,29 @@ def completion_log_probs(
     ln pi(o_t | q, o_<t) = z_t[o_t] - ln sum_v exp(z_t[v]),   z_t = logits / temperature
 
     q is the prompt; the logits are the model's V outputs at each place, a score for
-    every token that could come next. This is log_softmax of them, for one token only.
+    every token that could come next. Minus this is known as the cross-entropy.
 
     `input_ids` (G, P + L): prompt and response, whose length L is `completion_length`;
     `attention_mask` (G, P + L): 0 where a row is only filled up, on either side. Gives
-    (G, L) float32. The logits at place t are about the token at t + 1, so the last
-    token of the prompt is where the first token of the response was chosen.
+    (G, L) float32. The logits at place t are about the token at t + 1: the response's
+    first token is chosen at the prompt's last, and its own last token need not be read.
     By hand: two tokens, logits [0, ln 3], token 1 was drawn  ->  ln(3/4) = -0.2877.
     """
     # Counted from the first real token: else padding on the left would shift the text.
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
+        input_ids=input_ids[:, :-1],
+        attention_mask=attention_mask[:, :-1],
+        position_ids=position_ids[:, :-1],
         use_cache=False,
-        logits_to_keep=completion_length + 1,  # none for the prompt: saves memory
-    ).logits[:, :-1]  # (G, L, V), by far the largest tensor here
+        logits_to_keep=completion_length,  # none for the prompt: saves memory
+    ).logits  # (G, L, V), by far the largest tensor here
     logits = logits.float() / temperature if temperature != 1 else logits.float()
-    tokens = input_ids[:, -completion_length:, None]
-    return logits.gather(2, tokens).squeeze(2) - logits.logsumexp(2)
+    tokens = input_ids[:, -completion_length:]
+    cross_entropy = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens.flatten(), reduction="none"
+    )
+    return -cross_entropy.view_as(tokens)
 
 
 def kl_estimate(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
@@ -527,7 +542,20 @@ def draw_tokens(
 
 
 @contextlib.contextmanager
-def packed_weights(policy: PreTrainedModel, rows: int) -> Iterator[None]:
+def replaced_forwards(forwards: dict[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Inside this, each of these layers computes with the function beside it."""
+    for layer, forward in forwards.items():
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in forwards:
+            del layer.forward  # the class's own is back
+
+
+def packed_weights(
+    policy: PreTrainedModel, rows: int
+) -> contextlib.AbstractContextManager:
     """On a CPU: keep the weights in a layout that is made for few rows, while writing.
 
     To write one token, `rows` vectors are multiplied by every matrix of the model. With
@@ -535,28 +563,22 @@ def packed_weights(policy: PreTrainedModel, rows: int) -> Iterator[None]:
     a library inside PyTorch, has laid out for the purpose. The copy is as large as the
     gradients, which do not exist yet. The results are the same up to rounding.
     """
-    layers = []
+    forwards = {}
     if policy.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        layers = [
-            x for x in policy.modules() if isinstance(x, torch.nn.Linear | Conv1D)
-        ]
-    for layer in layers:
-        weight = layer.weight.detach()
-        if isinstance(layer, Conv1D):  # what gpt2 has for Linear, the other way round
-            weight = weight.t().contiguous()
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        layer.forward = functools.partial(
-            lambda packed, bias, x: torch.ops.mkldnn._linear_pointwise(
-                x, packed, bias, "none", [], ""
-            ),
-            packed,
-            layer.bias,
-        )
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own is back
+        for layer in policy.modules():
+            if type(layer) not in (torch.nn.Linear, Conv1D):
+                continue
+            weight = layer.weight.detach()
+            if type(layer) is Conv1D:  # what gpt2 has for Linear, the other way round
+                weight = weight.T.contiguous()
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            forwards[layer] = functools.partial(packed_linear, packed, layer.bias)
+    return replaced_forwards(forwards)
+
+
+def packed_linear(packed, bias, x):
+    """What torch.nn.functional.linear gives, from a matrix in oneDNN's own layout."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 @torch.no_grad()
@@ -701,7 +723,7 @@ def collect_group(
     prompt_ids = tokenizer(prompt, return_tensors="pt").input_ids
     prompt_ids = prompt_ids.to(accelerator.device)
     completion_ids = generate_group(
-        accelerator.unwrap_model(policy),
+        policy,
         prompt_ids,
         tokenizer.eos_token_id,
         seeds,
@@ -725,9 +747,10 @@ def evaluate(
     prompts: list[str],
     samples: int,
     sampling: dict[str, float],
+    held_out_seed: int,
 ) -> torch.Tensor:
     """Rewards (prompts * samples,) of responses whose seeds training never uses."""
-    source = torch.Generator().manual_seed(HELD_OUT_SEED)
+    source = torch.Generator().manual_seed(held_out_seed)
     rewards = []
     for prompt in prompts:
         seeds = draw_seeds(source, samples)
@@ -748,21 +771,101 @@ def micro_batches(
     mask: torch.Tensor,
     advantages: torch.Tensor,
     size: int,
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> list[dict[str, torch.Tensor]]:
     """Cut a group into parts of `size` responses, for the backward pass to hold one.
 
-    Responses of about the same length go together, each part cut to its longest. Gives
-    (input_ids, attention_mask, mask, advantages) for each part.
+    Responses of about the same length go together, each part cut to its longest. A part
+    has `input_ids`, `attention_mask`, `mask` and `advantages`.
     """
     parts = []
-    for rows in mask.sum(1).argsort().split(size):
+    for rows in mask.sum(1).argsort(descending=True).split(size):
         length = int(mask[rows].sum(1).max())
-        part_mask = mask[rows, :length]
         prompts = prompt_ids.expand(len(rows), -1)
-        input_ids = torch.cat([prompts, completion_ids[rows, :length]], 1)
-        attention_mask = torch.cat([torch.ones_like(prompts), part_mask], 1)
-        parts.append((input_ids, attention_mask, part_mask, advantages[rows]))
+        real = mask[rows, :length]
+        part = {
+            "input_ids": torch.cat([prompts, completion_ids[rows, :length]], 1),
+            "attention_mask": torch.cat([torch.ones_like(prompts), real], 1),
+            "mask": real,
+            "advantages": advantages[rows],
+        }
+        parts.append(part)
     return parts
+
+
+class AddingLinear(torch.autograd.Function):
+    """x W' + b, whose backward pass adds to W's gradient instead of making a new one.
+
+    `x` (..., I), `weight` (O, I), `bias` (O,) or None, `gradient` (O, I): where to add.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gradient):
+        rows = x.flatten(0, -2)
+        ctx.save_for_backward(rows, weight)
+        ctx.gradient, ctx.has_bias = gradient, bias is not None
+        return torch.nn.functional.linear(rows, weight, bias).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, from_above):
+        rows, weight = ctx.saved_tensors
+        above = from_above.flatten(0, -2)
+        ctx.gradient.addmm_(above.T, rows)
+        return from_above @ weight, None, above.sum(0) if ctx.has_bias else None, None
+
+
+def adding_linear(x, weight, bias, gradient):
+    return AddingLinear.apply(x, weight, bias, gradient)
+
+
+def adding_embedding(ids, weight, gradient, padding_idx):
+    """Rows of `weight`; the backward pass adds to the same rows of `gradient`."""
+    vectors = torch.nn.functional.embedding(ids, weight).requires_grad_()
+
+    def add_rows(from_above):
+        if padding_idx is not None:  # a padding token's row is not trained
+            from_above = from_above.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
+        gradient.index_add_(0, ids.flatten(), from_above.flatten(0, -2))
+
+    vectors.register_hook(add_rows)
+    return vectors
+
+
+def adding_gradients(policy: PreTrainedModel) -> contextlib.AbstractContextManager:
+    """Inside this, backward passes add to the gradients of `policy` in place.
+
+    PyTorch would make a second set of gradients in each pass, and then add it to the
+    first. For the largest matrix, which most models use both to read tokens and to
+    choose them, it would make two. The sums are the same; nothing else changes.
+    """
+    forwards = {}
+    for module in policy.modules():
+        if type(module) not in (torch.nn.Linear, torch.nn.Embedding, Conv1D):
+            continue
+        if module.weight.grad is None:  # tied layers share one
+            module.weight.grad = torch.zeros_like(module.weight)
+        weight, gradient = module.weight.detach(), module.weight.grad
+        if type(module) is torch.nn.Embedding:
+            forwards[module] = functools.partial(
+                adding_embedding,
+                weight=weight,
+                gradient=gradient,
+                padding_idx=module.padding_idx,
+            )
+            continue
+        if type(module) is Conv1D:
+            weight, gradient = weight.T, gradient.T
+        forwards[module] = functools.partial(
+            adding_linear, weight=weight, bias=module.bias, gradient=gradient
+        )
+    return replaced_forwards(forwards)
+
+
+def average_gradients(accelerator: Accelerator, policy: PreTrainedModel) -> None:
+    """Each gradient becomes its mean over the processes, so that all step alike."""
+    if accelerator.num_processes > 1:
+        for parameter in policy.parameters():
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
 
 @torch.no_grad()
@@ -789,6 +892,48 @@ def token_sums(
         kl = kl_estimate(log_probs, ref_log_probs)[real].sum()
     entropy = -log_probs[real].sum()
     return torch.stack([kl.to(entropy), entropy, clipped.sum(), mask.sum()])
+
+
+def part_log_probs(
+    model: PreTrainedModel, part: dict[str, torch.Tensor], temperature: float
+) -> torch.Tensor:
+    """Log-probabilities (size, L) of the responses in one of the `micro_batches`."""
+    length = part["mask"].shape[1]
+    ids, attention_mask = part["input_ids"], part["attention_mask"]
+    return completion_log_probs(model, ids, attention_mask, length, temperature)
+
+
+def add_up_gradients(
+    policy: PreTrainedModel,
+    parts: list[dict[str, torch.Tensor]],
+    temperature: float,
+    clip_eps: float,
+    kl_coef: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leave the gradient of the whole group's loss in the policy, part by part.
+
+    A part without `old_log_probs` gets them: the policy is still the one that wrote.
+    Gives the loss and the `token_sums`.
+    """
+    responses = sum(len(part["mask"]) for part in parts)
+    loss, sums = 0, 0
+    with adding_gradients(policy):
+        for part in parts:
+            log_probs = part_log_probs(policy, part, temperature)
+            part.setdefault("old_log_probs", log_probs.detach())
+            others = (
+                part["old_log_probs"],
+                part.get("ref_log_probs"),
+                part["advantages"],
+                part["mask"],
+                clip_eps,
+            )
+            part_loss = grpo_loss(log_probs, *others, kl_coef)
+            part_loss = part_loss * len(log_probs) / responses
+            part_loss.backward()
+            loss += part_loss.detach()
+            sums += token_sums(log_probs, *others)
+    return loss, sums
 
 
 def grpo_step(
@@ -831,38 +976,17 @@ def grpo_step(
         micro_batch_size,
     )
 
-    # 5. The gradient, part by part, and one step.
-    log_probs_of = functools.partial(
-        completion_log_probs, temperature=sampling["temperature"]
-    )
-    old_log_probs, ref_log_probs = [], [None] * len(parts)
+    # 5. The gradient, and one step.
+    temperature = sampling["temperature"]
     if reference is not None:
         with torch.no_grad():
-            ref_log_probs = [
-                log_probs_of(reference, input_ids, attention_mask, mask.shape[1])
-                for input_ids, attention_mask, mask, _ in parts
-            ]
-    module = accelerator.unwrap_model(policy)
+            for part in parts:
+                part["ref_log_probs"] = part_log_probs(reference, part, temperature)
     # Gradient checkpointing works in train() mode only; see `load_policy` on dropout.
-    module.train(any(getattr(m, "gradient_checkpointing", 0) for m in module.modules()))
+    policy.train(any(getattr(m, "gradient_checkpointing", 0) for m in policy.modules()))
     for _ in range(inner_steps):
-        loss, sums = torch.zeros((), device=accelerator.device), 0
-        for i, (input_ids, attention_mask, mask, advantages) in enumerate(parts):
-            # Several processes average their gradients once, in the last part. This
-            # needs the wrapped policy: `module` would train each process on its own.
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(policy):
-                log_probs = log_probs_of(
-                    policy, input_ids, attention_mask, mask.shape[1]
-                )
-                if i == len(old_log_probs):  # first pass: still the policy that wrote
-                    old_log_probs.append(log_probs.detach())
-                others = old_log_probs[i], ref_log_probs[i], advantages, mask, clip_eps
-                part_loss = grpo_loss(log_probs, *others, kl_coef)
-                part_loss = part_loss * len(advantages) / share
-                part_loss.backward()
-            loss += part_loss.detach()
-            sums = sums + token_sums(log_probs, *others)
+        loss, sums = add_up_gradients(policy, parts, temperature, clip_eps, kl_coef)
+        average_gradients(accelerator, policy)
         loss = accelerator.reduce(loss, "mean").item()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
         if not math.isfinite(loss + grad_norm.item()):
@@ -872,7 +996,7 @@ def grpo_step(
             )
         optimizer.step()
         optimizer.zero_grad()
-    module.eval()
+    policy.eval()
 
     cut_off = (completion_ids != tokenizer.eos_token_id).all(1).sum()
     sums = accelerator.reduce(torch.cat([sums, cut_off.unsqueeze(0)]), "sum").tolist()
@@ -891,6 +1015,12 @@ def grpo_step(
 # ------------------------------------------------------------------------------------
 # main
 # ------------------------------------------------------------------------------------
+
+
+LEGEND = """\
+The reward should rise. The loss is 0 at the first step from a group, but for the KL,
+and not progress. Entropy (nats a token) near 0: one answer is left; 'cut off' is the
+share of responses that MAX_NEW_TOKENS cut short; 'std' is the spread of the rewards."""
 
 
 def print_step(
@@ -919,6 +1049,13 @@ def print_step(
         tqdm.write(f"  [{rewards[i]:+.2f}] {' '.join(texts[i].split())}")
 
 
+def print_gain(before: torch.Tensor, after: torch.Tensor, samples: int) -> None:
+    """The mean and the spread (std) of the rewards before training and after it."""
+    tqdm.write(f"\nReward of {samples} fresh responses to each prompt: mean (std)")
+    for name, rewards in [("before", before), ("after", after)]:
+        tqdm.write(f"  {name:8}{rewards.mean():+7.3f} ({rewards.std():.3f})")
+
+
 def draw_learning_curve(history: list[torch.Tensor], path: Path | str) -> None:
     """Write a picture of the rewards (G,) of each step: mean, spread and best."""
     rewards = torch.stack(history).cpu()  # (steps, G)
@@ -937,15 +1074,17 @@ def save_run(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     history: list[torch.Tensor],
+    save_dir: Path | str,
+    curve_path: Path | str,
     suffix: str = "",
 ) -> str:
     """Write model and curve, with `suffix` added to both names; give the names."""
-    folder = Path(__file__).parent / SAVE_DIR
+    folder = Path(__file__).parent / save_dir
     folder = folder.with_name(folder.name + suffix)
     save_model(policy, tokenizer, folder)
     if not history:  # stopped before the first step: there is no curve yet
         return f"{folder.name}/"
-    curve_path = Path(CURVE_PATH)
+    curve_path = Path(curve_path)
     curve_path = curve_path.with_stem(curve_path.stem + suffix)
     draw_learning_curve(history, curve_path)
     return f"{folder.name}/ and {curve_path.name}"
@@ -961,6 +1100,24 @@ def start_wandb():
     return wandb
 
 
+@contextlib.contextmanager
+def memory_error_in_one_line() -> Iterator[None]:
+    """Say which settings to lower if the GPU's memory runs out in here."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        sys.exit(
+            "Out of GPU memory. Lower MICRO_BATCH_SIZE, SAMPLE_BATCH_SIZE or "
+            "MAX_NEW_TOKENS, or set GRADIENT_CHECKPOINTING = True."
+        )
+
+
+def settings(*names: str) -> dict:
+    """These Settings as keyword arguments: CLIP_EPS as clip_eps=..., and so on."""
+    return {name.lower(): globals()[name] for name in names}
+
+
+@memory_error_in_one_line()
 def main() -> None:
     """Train the policy for NUM_STEPS groups, compare before and after, save it."""
     check_settings()
@@ -973,92 +1130,63 @@ def main() -> None:
     judge = getattr(REWARD_FUNCTION, "__name__", REWARD_FUNCTION) or REWARD_MODEL_NAME
     say(f"GRPO on {accelerator.num_processes} x {device}: {NUM_STEPS} steps, each")
     say(f"of {NUM_SAMPLES} responses by {POLICY_MODEL_NAME}, scored by {judge}.")
-    say("The reward should rise. The loss is 0 at the first step from a group, but for")
-    say("the KL, and not progress. Entropy (nats a token) near 0: one answer is left;")
-    say("'cut off' is the share of responses that MAX_NEW_TOKENS cut short.")
+    say(LEGEND)
 
     # 1. The policy, what scores it, and a frozen copy of it if KL_COEF needs one.
     policy, tokenizer = load_policy(
         POLICY_MODEL_NAME, checkpointing=GRADIENT_CHECKPOINTING
     )
     room = context_length(policy, tokenizer) - MAX_NEW_TOKENS
+    if room < 1:
+        stop(
+            f"MAX_NEW_TOKENS = {MAX_NEW_TOKENS} is more than {POLICY_MODEL_NAME} reads."
+        )
     check_prompts(PROMPTS, tokenizer, room, "POLICY_MODEL_NAME")
     score = make_score(
         REWARD_FUNCTION, REWARD_MODEL_NAME, PROMPTS, device, SAMPLE_BATCH_SIZE
     )
-    sampling = {
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "temperature": TEMPERATURE,
-        "top_p": TOP_P,
-        "batch_size": SAMPLE_BATCH_SIZE,
-    }
-    algorithm = {
-        "clip_eps": CLIP_EPS,
-        "inner_steps": INNER_STEPS,
-        "kl_coef": KL_COEF,
-        "scale_by_std": SCALE_BY_STD,
-        "max_grad_norm": MAX_GRAD_NORM,
-        "micro_batch_size": MICRO_BATCH_SIZE,
-    }
+    policy = policy.to(device)
+    reference = copy.deepcopy(policy) if KL_COEF > 0 else None
+    optimizer = torch.optim.AdamW(policy.parameters(), LR, weight_decay=0.0, fused=True)
     wandb = start_wandb() if USE_WANDB and chief else None
+    sampling = settings("MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P")
+    sampling["batch_size"] = SAMPLE_BATCH_SIZE
+    algorithm = settings("CLIP_EPS", "INNER_STEPS", "KL_COEF", "SCALE_BY_STD")
+    algorithm |= settings("MAX_GRAD_NORM", "MICRO_BATCH_SIZE")
+    held_out = accelerator, policy, tokenizer, score, PROMPTS, EVAL_SAMPLES, sampling
     history, seed_source = [], torch.Generator().manual_seed(SEED)
-    bar = tqdm(
-        total=NUM_STEPS, unit="step", leave=False, disable=None if chief else True
-    )
+    bar = tqdm(total=NUM_STEPS, unit="step", leave=False, disable=not chief or None)
     try:
-        reference = copy.deepcopy(policy).to(device) if KL_COEF > 0 else None
-        policy = accelerator.prepare(policy)
-        optimizer = torch.optim.AdamW(
-            policy.parameters(), LR, weight_decay=0.0, fused=True
-        )
-        held_out = PROMPTS, EVAL_SAMPLES, sampling
-        before = evaluate(accelerator, policy, tokenizer, score, *held_out)
+        before = evaluate(*held_out, HELD_OUT_SEED)
         for step in range(NUM_STEPS):
             # 2. to 5. A group of responses, their rewards, advantages, and an update.
             started, prompt = time.time(), PROMPTS[step % len(PROMPTS)]
             seeds = draw_seeds(seed_source, NUM_SAMPLES)
+            models = policy, reference, optimizer, tokenizer, score
             loss, texts, rewards, figures = grpo_step(
-                accelerator,
-                policy,
-                reference,
-                optimizer,
-                tokenizer,
-                score,
-                prompt,
-                seeds,
-                sampling,
-                **algorithm,
+                accelerator, *models, prompt, seeds, sampling, **algorithm
             )
             history.append(rewards)
             bar.update()
             if chief:
-                seconds = time.time() - started
-                print_step(step, loss, texts, rewards, figures, seconds)
+                print_step(step, loss, texts, rewards, figures, time.time() - started)
             if wandb:
-                mean = rewards.mean().item()
-                wandb.log({"reward": mean, "loss": loss, **(figures or {})})
-        after = evaluate(accelerator, policy, tokenizer, score, *held_out)
+                mean = {"reward": rewards.mean().item(), "loss": loss}
+                wandb.log(mean | (figures or {}))
+        after = evaluate(*held_out, HELD_OUT_SEED)
     except KeyboardInterrupt:
         bar.close()
         if chief:
-            module = accelerator.unwrap_model(policy)
-            names = save_run(module, tokenizer, history, "_interrupted")
-            say(f"\nStopped after {len(history)} steps. This run is kept in {names};")
-            say(f"{SAVE_DIR}/ is as it was.")
+            files = SAVE_DIR, CURVE_PATH, "_interrupted"
+            names = save_run(policy, tokenizer, history, *files)
+            say(f"\nStopped after {len(history)} steps. This run is kept in {names}.")
         return
-    except torch.OutOfMemoryError:
-        sys.exit(
-            "Out of GPU memory. Lower MICRO_BATCH_SIZE, SAMPLE_BATCH_SIZE or "
-            "MAX_NEW_TOKENS, or set GRADIENT_CHECKPOINTING = True."
-        )
     bar.close()
 
     # 6. The gain, on responses that played no part in training, and the model.
     if chief:
-        say(f"\nReward of {EVAL_SAMPLES} fresh responses to each prompt: mean +- std")
-        for name, result in [("before", before), ("after", after)]:
-            say(f"  {name:8}{result.mean():+7.3f} +- {result.std():.3f}")
-        names = save_run(accelerator.unwrap_model(policy), tokenizer, history)
+        print_gain(before, after, EVAL_SAMPLES)
+        names = save_run(policy, tokenizer, history, SAVE_DIR, CURVE_PATH)
         say(f"Written: {names}. Let it write, in Python:")
         say("  from transformers import pipeline")
         say(f'  pipeline("text-generation", "{SAVE_DIR}")({PROMPTS[0]!r})')
