@@ -70,6 +70,22 @@ def tiny_policy(seed=0):
     return GPT2LMHeadModel(config).eval(), tokenizer
 
 
+def tiny_llama(**other):
+    """A random Llama: no bias, another position code, a padding token if asked for."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=EOS + 5,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        **other,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
 def low_words(prompt, responses):
     """A reward function: the share of the response's words that are below w32."""
     low = {f"w{i}" for i in range(32)}
@@ -384,18 +400,7 @@ def generate(policy, seeds=range(8), **other):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_cold_drawing_equals_the_library_s_greedy_search(family):
-    policy, _ = tiny_policy(3)
-    if family == "llama":
-        config = LlamaConfig(
-            vocab_size=EOS + 5,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=EOS,
-            eos_token_id=EOS,
-        )
-        policy = LlamaForCausalLM(config).eval()
+    policy = tiny_policy(3)[0] if family == "gpt2" else tiny_llama()
     policy.lm_head.weight.data.normal_()
     drawn = generate(policy, seeds=[1], temperature=0.01)[0]
     greedy = policy.generate(
@@ -543,6 +548,33 @@ def test_one_step_makes_better_responses_likelier_and_worse_ones_rarer():
     _, _, rewards, _ = run_step(policy, tokenizer, sgd(policy, 0.01))
     change, better = likelihood() - before, rewards > rewards.mean()
     assert change[better].mean() > 0 > change[~better].mean()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama, tied and padded"])
+def test_gradients_added_in_place_are_those_of_autograd(family):
+    policy = tiny_policy()[0] if family == "gpt2" else tiny_llama()
+    if "tied" in family:  # the row of a padding token is not trained where it is read
+        policy = tiny_llama(tie_word_embeddings=True, pad_token_id=5)
+        assert policy.lm_head.weight is policy.model.embed_tokens.weight
+    texts = torch.randint(0, WORDS, (2, 3, 12))
+    texts[:, :, 2] = 5
+
+    def gradients():
+        for ids in texts:  # two backward passes, whose gradients add up
+            log_probs = lesson.completion_log_probs(
+                policy, ids, torch.ones_like(ids), 8, 0.7
+            )
+            log_probs.square().sum().backward()
+        found = {name: x.grad.clone() for name, x in policy.named_parameters()}
+        policy.zero_grad()
+        return found
+
+    expected = gradients()
+    with lesson.adding_gradients(policy):
+        actual = gradients()
+    assert not any("forward" in vars(module) for module in policy.modules())
+    for name, gradient in expected.items():
+        assert torch.allclose(gradient, actual[name], rtol=1e-4, atol=1e-4), name
 
 
 def test_micro_batches_give_the_update_of_one_batch():
@@ -743,6 +775,20 @@ def test_main_prints_its_figures_and_saves_a_model_that_loads_bit_for_bit(
     assert not list(in_folder.glob("*.tmp"))
 
 
+def test_saving_over_another_model_leaves_nothing_of_that_model(tmp_path):
+    policy, tokenizer = tiny_policy()
+    lesson.save_model(policy, tokenizer, tmp_path / "new")
+    folder = tmp_path / "old"
+    folder.mkdir()
+    stale = "model-00001-of-00002.safetensors", "vocab.json", "added_tokens.json"
+    for name in (*stale, "config.json", "my_notes.txt"):
+        (folder / name).write_text("of another model")
+    lesson.save_model(policy, tokenizer, folder)
+    names = {file.name for file in (tmp_path / "new").iterdir()}
+    assert {file.name for file in folder.iterdir()} == names | {"my_notes.txt"}
+    assert "another" not in (folder / "config.json").read_text()
+
+
 def test_the_reference_exists_only_with_kl_and_stays_as_it_was(in_folder, monkeypatch):
     seen, step = [], lesson.grpo_step
 
@@ -916,6 +962,11 @@ def test_a_prompt_longer_than_a_context_is_refused(in_folder, monkeypatch, capsy
         fails_with(capsys, lesson.main, "PROMPTS", f"{setting}_MODEL_NAME")
 
 
+def test_responses_longer_than_the_context_are_refused(in_folder, monkeypatch, capsys):
+    monkeypatch.setattr(lesson, "MAX_NEW_TOKENS", 64)
+    fails_with(capsys, lesson.main, "MAX_NEW_TOKENS = 64", "reads")
+
+
 def test_launches_that_would_not_work_are_refused(monkeypatch, capsys):
     for name in ("FSDP", "DEEPSPEED"):
         with monkeypatch.context() as patch:
@@ -928,13 +979,14 @@ def test_launches_that_would_not_work_are_refused(monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize("where", ["load_reward_model", "grpo_step"])
 def test_gpu_memory_that_runs_out_names_the_settings_to_lower(
-    in_folder, monkeypatch, capsys
+    in_folder, monkeypatch, capsys, where
 ):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(lesson, "grpo_step", full)
+    monkeypatch.setattr(lesson, where, full)
     fails_with(capsys, lesson.main, "MICRO_BATCH_SIZE", "MAX_NEW_TOKENS")
 
 

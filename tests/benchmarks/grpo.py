@@ -82,9 +82,9 @@ def run_ours(name, samples=SAMPLES, tokens=TOKENS, steps=STEPS):
     import grpo_training as lesson
 
     torch.set_num_threads(1)
-    policy, tokenizer = lesson.load_policy(name)
     accelerator = lesson.start_accelerator(lesson.DEVICE, {})
-    policy = accelerator.prepare(policy)
+    policy, tokenizer = lesson.load_policy(name)
+    policy = policy.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         policy.parameters(), 1e-5, weight_decay=0.0, fused=True
     )
@@ -218,7 +218,7 @@ def run_equality(name):
 
     import grpo_training as lesson
 
-    worst = {}
+    worst = {"relative error of the loss": 0.0, "relative error of the gradient": 0.0}
     for beta in (0.0, 0.04):
         trainer = trl_trainer(name, SAMPLES, 1, use_bias_correction_kl=False)
         trainer.beta = beta  # here, or it would load a reference of its own
@@ -254,10 +254,12 @@ def run_equality(name):
         }
         theirs = trainer._compute_loss(policy, batch)
         difference = (ours_gradient - gradient(theirs)).norm() / ours_gradient.norm()
-        worst[f"beta {beta}"] = {
-            "loss": abs(ours.item() - theirs.item()) / abs(theirs.item()),
-            "gradient": difference.item(),
-        }
+        errors = (
+            abs(ours.item() - theirs.item()) / abs(theirs.item()),
+            difference.item(),
+        )
+        for name, error in zip(worst, errors, strict=True):
+            worst[name] = max(worst[name], error)
     return worst
 
 
@@ -399,15 +401,14 @@ def compare():
                     f"{result['tokens_per_s_training']:9.0f}",
                     flush=True,
                 )
-            ours, parts, whole = rows.values()
-            summary[name] = {
-                "time / TRL all at once": ours["median_s"] / whole["median_s"],
-                "time / TRL in parts": ours["median_s"] / parts["median_s"],
-                "peak / TRL all at once": ours["peak_gb"] / whole["peak_gb"],
-                "peak / TRL in parts": ours["peak_gb"] / parts["peak_gb"],
-                "difference from TRL": row("equality", model),
-            }
-            print(json.dumps(summary[name], indent=2), flush=True)
+            ours = rows.pop("grpo_training.py")
+            for trainer, theirs in rows.items():
+                for what, key in [("time", "median_s"), ("peak memory", "peak_gb")]:
+                    ratio = ours[key] / theirs[key]
+                    summary[f"{name}: {what} / {trainer}"] = round(ratio, 3)
+            for what, difference in row("equality", model).items():
+                summary[f"{name}: {what} against TRL"] = float(f"{difference:.1e}")
+            print(json.dumps(summary, indent=2), flush=True)
     return runs, summary
 
 
@@ -430,11 +431,15 @@ def growth():
                 f"{facts['ms_a_token']:13.1f}{result['peak_gb']:9.2f}",
                 flush=True,
             )
-    costs = [run["ms_a_token"] for run in runs]
-    return runs, {
-        "ms a token, from 4 to 64 responses": costs[:5],
-        "ms a token, from 16 to 256 tokens": [*costs[5:7], costs[1], *costs[7:]],
-    }
+    summary = {}
+    for what, cost in [("samples", "NUM_SAMPLES"), ("tokens", "MAX_NEW_TOKENS")]:
+        other = {"samples": "tokens", "tokens": "samples"}[what]
+        base = {"samples": SAMPLES, "tokens": TOKENS}[other]
+        costs = [run["ms_a_token"] for run in runs if run[other] == base]
+        sizes = [run[what] for run in runs if run[other] == base]
+        name = f"cost of a token, most / least, {cost} {min(sizes)} to {max(sizes)}"
+        summary[name] = round(max(costs) / min(costs), 3)
+    return runs, summary
 
 
 def write(**found):
@@ -446,6 +451,8 @@ def write(**found):
         "command": "REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo.py",
     }
     old = json.loads(RESULT_PATH.read_text()) if RESULT_PATH.exists() else {}
+    found["summary"] = old.get("summary", {}) | found.get("summary", {})
+    RESULT_PATH.parent.mkdir(exist_ok=True)
     RESULT_PATH.write_text(json.dumps(old | facts | found, indent=2) + "\n")
 
 
@@ -470,7 +477,7 @@ def main():
             write(runs=runs, summary=summary)
         if command in ("all", "growth"):
             runs, summary = growth()
-            write(**{"growth runs": runs, "growth": summary})
+            write(**{"growth runs": runs, "summary": summary})
 
 
 if __name__ == "__main__":
