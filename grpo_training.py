@@ -27,7 +27,8 @@ Symbols (G responses, L tokens in the longest, V tokens - pieces of words - in a
 
 Where this differs from the paper, and why
     Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4.1, outcome supervision:
-    * 8 responses to one prompt a step; theirs are 64 to each of 16, on many GPUs.
+    * 8 responses of at most 64 tokens to one prompt a step; theirs are 64 of at most
+      1,024 to each of 16 prompts, on many GPUs. LR is 1e-5, theirs 1e-6.
     * KL_COEF is 0, theirs 0.04: no second copy of the model in memory. Set it if the
       texts get odd while their reward rises.
     * The std has 1e-4 added, equal rewards give exactly 0, the gradient is clipped.
@@ -43,7 +44,8 @@ Run it
     accelerate launch --num_processes 4 grpo_training.py  4 GPUs, one group over all 4
     torchrun --nproc_per_node 2 grpo_training.py          2 processes on a CPU, where
                                                           `accelerate` starts only one
-    Ctrl-C keeps the run so far; with several processes it may be lost.
+    Ctrl-C keeps the run so far. torchrun gives each process one thread, unless the
+    environment variable OMP_NUM_THREADS says more.
 
 If it does not learn
     * Most steps are skipped, or the std is near 0: the reward gives every response the
@@ -427,7 +429,8 @@ def completion_log_probs(
     first token is chosen at the prompt's last, and its own last token need not be read.
     By hand: two tokens, logits [0, ln 3], token 1 was drawn  ->  ln(3/4) = -0.2877.
     """
-    # Counted from the first real token: else padding on the left would shift the text.
+    # Counted from the first real token, in case a row is filled up on the left. (This
+    # script, which has one prompt at a time, fills up on the right only.)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(
         input_ids=input_ids[:, :-1],
