@@ -258,8 +258,8 @@ def run_equality(name):
             abs(ours.item() - theirs.item()) / abs(theirs.item()),
             difference.item(),
         )
-        for name, error in zip(worst, errors, strict=True):
-            worst[name] = max(worst[name], error)
+        for what, error in zip(worst, errors, strict=True):
+            worst[what] = max(worst[what], error)
     return worst
 
 
@@ -373,7 +373,7 @@ def row(*arguments):
 
 
 def compare():
-    """The lesson and TRL side by side; gives (runs, summary)."""
+    """The lesson and TRL side by side, policy by policy."""
     runs, summary = [], {}
     print(
         "policy                 trainer                 s a step  peak GB"
@@ -409,11 +409,11 @@ def compare():
             for what, difference in row("equality", model).items():
                 summary[f"{name}: {what} against TRL"] = float(f"{difference:.1e}")
             print(json.dumps(summary, indent=2), flush=True)
-    return runs, summary
+            write(runs=runs, summary=summary)
 
 
 def growth():
-    """What a step costs as the group, or the responses, grow; gives (runs, summary)."""
+    """What a step costs as the group, or the responses, grow."""
     runs = []
     print(f"one step of {SHALLOW}          s   ms a token  peak GB")
     with tempfile.TemporaryDirectory() as folder:
@@ -439,7 +439,7 @@ def growth():
         sizes = [run[what] for run in runs if run[other] == base]
         name = f"cost of a token, most / least, {cost} {min(sizes)} to {max(sizes)}"
         summary[name] = round(max(costs) / min(costs), 3)
-    return runs, summary
+    write(**{"growth runs": runs, "summary": summary})
 
 
 def write(**found):
@@ -473,11 +473,9 @@ def main():
         write(**train(os.environ["REAL_MODEL"], *rest))
     else:
         if command in ("all", "compare"):
-            runs, summary = compare()
-            write(runs=runs, summary=summary)
+            compare()
         if command in ("all", "growth"):
-            runs, summary = growth()
-            write(**{"growth runs": runs, "summary": summary})
+            growth()
 
 
 if __name__ == "__main__":
