@@ -47,12 +47,22 @@ Run it
     Ctrl-C keeps the run so far. torchrun gives each process one thread, unless the
     environment variable OMP_NUM_THREADS says more.
 
+What you should see (SmolLM2-135M-Instruct, seed 0, tests/benchmarks/grpo.py train)
+    Paid for naming benefits of exercise, one for each of 12 words, it names 0.5 of them
+    in a fresh response before, and 9.0 after 50 steps of 10 seconds on one core.
+
 If it does not learn
     * Most steps are skipped, or the std is near 0: the reward gives every response the
       same number, so there is nothing to compare.
     * The reward rises while the texts get worse: the reward is too easily pleased. Mend
       it, or hold the policy back with KL_COEF = 0.04.
     * The texts turn into gibberish: LR is too big.
+
+Try this (on the tiny model of tests/test_grpo.py, in 60 steps at LR = 3e-3, seed 0: the
+share of the words that its reward wants rises from 0.52 to 0.93)
+    * NUM_SAMPLES = 2: to 0.57 only. With 32 to 0.99, but in 4 times the time.
+    * INNER_STEPS = 4: to 1.00, with an entropy of 2.0 nats a token instead of 3.1.
+    * SCALE_BY_STD = False: to 0.93. Here the division makes no difference.
 """
 
 import contextlib
@@ -843,6 +853,8 @@ def adding_gradients(policy: PreTrainedModel) -> contextlib.AbstractContextManag
     forwards = {}
     for module in policy.modules():
         if type(module) not in (torch.nn.Linear, torch.nn.Embedding, Conv1D):
+            continue
+        if not module.weight.requires_grad:
             continue
         if module.weight.grad is None:  # tied layers share one
             module.weight.grad = torch.zeros_like(module.weight)
