@@ -326,11 +326,11 @@ def fly_for_a_while(updates=80, **ends):
             envs, agent.actor, observations, running, 16
         )
         for name in ("observations", "next_observations"):
-            rollout[name] = torch.zeros_like(rollout[name])
+            rollout[name] = torch.ones_like(rollout[name])
         batch = lesson.make_batch(agent, rollout, 1.0, 0.8, 0.95)
         loss_settings = dict(clip_eps=0.2, value_weight=0.5, entropy_bonus=0.0)
         lesson.learn(agent, optimizer, batch, 2, 32, 10.0, **loss_settings)
-    return agent.critic(torch.zeros(1, 8)).item()
+    return agent.critic(torch.ones(1, 8)).item()
 
 
 def test_a_time_limit_does_not_lower_the_value_but_a_real_end_does():
@@ -564,6 +564,19 @@ def test_an_impossible_constant_is_refused_before_anything_runs(
     assert capsys.readouterr().out == "" and not list(in_folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("LANDINGS", 0), ("GIF_EVERY", 0), ("GIF_COLOURS", 300), ("ACTION_SEED", -1)],
+)
+def test_an_impossible_constant_of_the_eval_script_is_refused_too(
+    monkeypatch, capsys, name, value
+):
+    monkeypatch.setattr(lunar_eval, name, value)
+    with pytest.raises(SystemExit, match=f"^Settings: {name} = {value} must be .*[.]$"):
+        lunar_eval.main()
+    assert capsys.readouterr().out == ""
+
+
 def test_a_folder_that_is_not_there_is_refused_before_the_run_and_not_after_it(
     in_folder, monkeypatch
 ):
@@ -588,7 +601,7 @@ def test_a_run_that_ends_below_200_says_so_and_keeps_the_good_weights(tmp_path):
     done = run_copy(
         tmp_path,
         "lunarlander_ppo.py",
-        ("TOTAL_STEPS = 1_000_000", "TOTAL_STEPS = 10_000"),
+        ("TOTAL_STEPS = 850_000", "TOTAL_STEPS = 10_000"),
         ("HELD_OUT_EPISODES = 100", "HELD_OUT_EPISODES = 2"),
     )
     assert_one_plain_line(done, "Below 200 after 8,192 steps")
