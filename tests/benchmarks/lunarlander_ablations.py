@@ -32,6 +32,15 @@ class SharedLayers(lesson.ActorCritic):
         self.critic = nn.Sequential(*self.actor[:4], *self.critic[4:])
 
 
+class TanhLayers(lesson.ActorCritic):
+    """Both networks with tanh where the lesson has ReLU."""
+
+    def __init__(self, hidden_units: int) -> None:
+        super().__init__(hidden_units)
+        for network in (self.actor, self.critic):
+            network[1], network[3] = nn.Tanh(), nn.Tanh()
+
+
 def truncated_is_terminated(rewards, values, next_values, terminated, ended, *rest):
     """GAE as many scripts have it: running out of time counts as a crash."""
     return whole_gae(rewards, values, next_values, ended, ended, *rest)
@@ -47,7 +56,9 @@ VARIATIONS = {
     "PyTorch's own initial weights": {
         "linear": lambda inputs, outputs, gain: nn.Linear(inputs, outputs)
     },
+    "tanh instead of ReLU": {"ActorCritic": TanhLayers},
     "no entropy bonus": {"ENTROPY_BONUS": 0.0},
+    "ENTROPY_BONUS = 0.01": {"ENTROPY_BONUS": 0.01},
     "truncated taken for terminated": {"gae": truncated_is_terminated},
     "layers shared": {"ActorCritic": SharedLayers},
     "GAE_LAMBDA = 1": {"GAE_LAMBDA": 1.0},
@@ -85,7 +96,8 @@ def names(runs: list[dict]) -> set[str]:
 
 def mean_score(runs: list[dict], name: str) -> float:
     """Mean over the seeds of a variation's greedy mean."""
-    return statistics.mean(r["greedy mean"] for r in runs if r["variation"] == name)
+    scores = [run["greedy mean"] for run in runs if run["variation"] == name]
+    return round(statistics.mean(scores), 1)
 
 
 if __name__ == "__main__":
