@@ -44,6 +44,7 @@ Run it
     accelerate launch --num_processes 4 grpo_training.py  4 GPUs, one group over all 4
     torchrun --nproc_per_node 2 grpo_training.py          2 processes on a CPU, where
                                                           `accelerate` starts only one
+    Without a hub in reach, the small models of grpo_tiny/ take over: under a minute.
     Ctrl-C keeps the run so far. torchrun gives each process one thread, unless the
     environment variable OMP_NUM_THREADS says more.
 
@@ -105,6 +106,10 @@ POLICY_MODEL_NAME = "gpt2"  # or gpt2-medium, gpt2-large, EleutherAI/gpt-neo-125
 #                             EleutherAI/pythia-410m, facebook/opt-350m
 REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"
 #                   smaller: OpenAssistant/reward-model-deberta-v3-base
+TINY_MODELS = Path(__file__).with_name("grpo_tiny")  # a pair that comes along: policy/,
+#                   a small GPT-2, and reward/. Its README.md says what they can do.
+FALL_BACK_TO_TINY = True  # if a model is not here and the hub cannot be reached, say so
+#                           and go on with that pair; False: stop with one line instead
 REWARD_FUNCTION = None  # or a function (prompt, responses) -> rewards, one number for
 #                         each response: it takes the reward model's place
 PROMPTS = ["Explain why regular exercise is important."]  # several are taken in turn
@@ -119,6 +124,8 @@ EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the 
 # Algorithm
 LR = 1e-5  # size of AdamW's step; too big and the texts turn into gibberish, too small
 #            and 50 steps change nothing
+TINY_LR = 6e-6  # takes its place for the policy in grpo_tiny/. 1.5e-5 gains more, but
+#                 keeps 29 % of the variety; at 5e-5 one answer is left, 2e-4: gibberish
 TEMPERATURE = 1.0  # of the drawing, and of the log-probabilities that are trained
 TOP_P = 0.95  # draw only from the likeliest tokens that together hold 95 %, without the
 #               odd tail: texts read better. But the loss uses the probabilities before
@@ -155,6 +162,7 @@ def check_settings() -> None:
         "MAX_NEW_TOKENS": (int, 1, math.inf),
         "EVAL_SAMPLES": (int, 2, math.inf),
         "LR": (float, 1e-9, 1),
+        "TINY_LR": (float, 1e-9, 1),
         "TEMPERATURE": (float, 0.01, 100),
         "TOP_P": (float, 0.01, 1),
         "CLIP_EPS": (float, 0.001, 1),
@@ -171,7 +179,8 @@ def check_settings() -> None:
             noun = "a whole number" if kind is int else "a number"
             limit = f"from {low:g} to {high:g}" if high < math.inf else f"from {low} up"
             problems.append(f"{name} = {value!r} must be {noun} {limit}")
-    for name in ("SCALE_BY_STD", "GRADIENT_CHECKPOINTING", "USE_WANDB"):
+    switches = "SCALE_BY_STD", "GRADIENT_CHECKPOINTING", "USE_WANDB"
+    for name in (*switches, "FALL_BACK_TO_TINY"):
         if type(globals()[name]) is not bool:
             problems.append(f"{name} = {globals()[name]!r} must be True or False")
     for name in ("POLICY_MODEL_NAME", "REWARD_MODEL_NAME", "SAVE_DIR"):
@@ -193,9 +202,13 @@ def check_settings() -> None:
         stop(f"Settings: {'; '.join(problems)}.")
 
 
-def stop(line: str) -> None:
+def stop(line: str, kind: type[SystemExit] = SystemExit) -> None:
     """End with status 1 and one line, printed by one of the processes if all fail."""
-    sys.exit(line if os.environ.get("RANK", "0") == "0" else 1)
+    raise kind(line if os.environ.get("RANK", "0") == "0" else 1)
+
+
+class HubOutOfReach(SystemExit):
+    """A model is not on this machine, and the hub does not answer."""
 
 
 # ------------------------------------------------------------------------------------
@@ -271,7 +284,8 @@ def load_pretrained(loader: type, name: str, setting: str, **options):
             stop(
                 f"{setting}: {name} is neither a folder nor in the cache, and the "
                 "Hugging Face hub cannot be reached. Connect to the internet once, or "
-                f"set {setting} to a folder that holds the model."
+                f"set {setting} to a folder that holds the model.",
+                HubOutOfReach,
             )
         return loader.from_pretrained(name, **options)
     except Exception as problem:  # a damaged or odd model can fail in any way at all
@@ -711,6 +725,26 @@ def make_score(
     )
 
 
+def load_models(
+    policy_name: str,
+    reward_name: str,
+    function: Callable | None,
+    prompts: list[str],
+    device: torch.device,
+    checkpointing: bool,
+    max_new_tokens: int,
+    batch_size: int,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Score]:
+    """The policy, its tokenizer and what scores it, for prompts that fit into both."""
+    policy, tokenizer = load_policy(policy_name, checkpointing=checkpointing)
+    room = context_length(policy, tokenizer) - max_new_tokens
+    if room < 1:
+        stop(f"MAX_NEW_TOKENS = {max_new_tokens} is more than {policy_name} reads.")
+    check_prompts(prompts, tokenizer, room, "POLICY_MODEL_NAME")
+    score = make_score(function, reward_name, prompts, device, batch_size)
+    return policy.to(device), tokenizer, score
+
+
 def draw_seeds(source: torch.Generator, count: int) -> list[int]:
     """One seed for each response; the same in every process, since `source` is."""
     return torch.randint(2**62, (count,), generator=source).tolist()
@@ -1148,21 +1182,21 @@ def main() -> None:
     say(LEGEND)
 
     # 1. The policy, what scores it, and a frozen copy of it if KL_COEF needs one.
-    policy, tokenizer = load_policy(
-        POLICY_MODEL_NAME, checkpointing=GRADIENT_CHECKPOINTING
-    )
-    room = context_length(policy, tokenizer) - MAX_NEW_TOKENS
-    if room < 1:
-        stop(
-            f"MAX_NEW_TOKENS = {MAX_NEW_TOKENS} is more than {POLICY_MODEL_NAME} reads."
-        )
-    check_prompts(PROMPTS, tokenizer, room, "POLICY_MODEL_NAME")
-    score = make_score(
-        REWARD_FUNCTION, REWARD_MODEL_NAME, PROMPTS, device, SAMPLE_BATCH_SIZE
-    )
-    policy = policy.to(device)
+    names, tiny = (POLICY_MODEL_NAME, REWARD_MODEL_NAME), TINY_MODELS / "policy"
+    options = REWARD_FUNCTION, PROMPTS, device, GRADIENT_CHECKPOINTING
+    options = *options, MAX_NEW_TOKENS, SAMPLE_BATCH_SIZE
+    try:
+        policy, tokenizer, score = load_models(*names, *options)
+    except HubOutOfReach:
+        if not FALL_BACK_TO_TINY or not tiny.is_dir():
+            raise
+        say("The hub is out of reach and a model missing: on with those in grpo_tiny/.")
+        names = str(tiny), str(TINY_MODELS / "reward")
+        policy, tokenizer, score = load_models(*names, *options)
+    is_tiny = Path(names[0]).expanduser().resolve() == tiny.resolve()
     reference = copy.deepcopy(policy) if KL_COEF > 0 else None
-    optimizer = torch.optim.AdamW(policy.parameters(), LR, weight_decay=0.0, fused=True)
+    lr = TINY_LR if is_tiny else LR
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0.0, fused=True)
     wandb = start_wandb() if USE_WANDB and chief else None
     sampling = settings("MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P")
     sampling["batch_size"] = SAMPLE_BATCH_SIZE

@@ -1,0 +1,290 @@
+"""The pair in grpo_tiny/: what the reward model prefers, and what GRPO makes of it.
+
+    REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo_tiny.py
+
+REAL_MODEL is the folder of the independent judge; tests/benchmarks/grpo.py says how to
+get it from a package. It is the model that wrote the texts the pair was trained on, and
+judges by the mean log-likelihood, in nats a token, that it gives a response, asked the
+prompt. GRPO never sees it, nor did the reward model.
+
+* Pairs: the teacher's answers, on topics that neither model ever saw, against an answer
+  with each flaw (grpo_tiny/held_out_pairs.jsonl.gz, written by make_tiny.py).
+* GRPO: the lesson's main() on the pair, its settings as they come, for seeds 0 to 4;
+  before and after, 256 fresh responses to the prompt that is trained, and 32 to each of
+  8 others, 4 of which name topics that were held out of both trainings.
+"""
+
+import gzip
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT_PATH = Path(__file__).parent / "results" / "grpo_tiny.json"
+TINY = ROOT / "grpo_tiny"
+SEEDS = range(5)
+TRAINED = "Explain why regular exercise is important."
+OTHERS = [
+    "Explain why sleep is important.",
+    "Explain why music is important.",
+    "Explain why clean water is important.",
+    "Why does friendship matter?",
+]
+HELD_OUT = []  # filled below: topics that make_tiny.py kept out of both trainings
+SAMPLES, OTHER_SAMPLES, JUDGED = 256, 32, 64
+FRESH_SEED = 2_000_000  # neither the lesson's training nor its evaluation draws here
+sys.path.insert(0, str(ROOT))
+topics = [
+    topic
+    for line in (TINY / "topics.txt").read_text().splitlines()
+    for topic in line.split(": ")[1].split("; ")
+]
+HELD_OUT = [f"Explain why {topic} is important." for topic in topics[7::10][:40:10]]
+
+
+def measure(policy_folder):
+    """Fresh responses of a policy to every prompt, and their rewards."""
+    import torch
+
+    import grpo_training as lesson
+
+    policy, tokenizer = lesson.load_policy(str(policy_folder))
+    reward = lesson.load_reward_model(str(TINY / "reward"))
+    found = {}
+    for prompt in [TRAINED, *OTHERS, *HELD_OUT]:
+        count = SAMPLES if prompt == TRAINED else OTHER_SAMPLES
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        completions = lesson.generate_group(
+            policy,
+            ids,
+            tokenizer.eos_token_id,
+            list(range(FRESH_SEED, FRESH_SEED + count)),
+            lesson.MAX_NEW_TOKENS,
+            lesson.TEMPERATURE,
+            lesson.TOP_P,
+            lesson.SAMPLE_BATCH_SIZE,
+        )
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        rewards = lesson.score_responses(*reward, prompt, texts, 32)
+        lengths = (completions != tokenizer.eos_token_id).sum(1)
+        found[prompt] = {
+            "texts": [" ".join(text.split()) for text in texts],
+            "rewards": rewards.tolist(),
+            "cut off": (lengths == lesson.MAX_NEW_TOKENS).float().mean().item(),
+            "length": lengths.float().mean().item(),
+        }
+    torch.manual_seed(0)
+    return found
+
+
+def run(seed):
+    """The lesson's main() on the pair, then `measure` of the policy that it saves."""
+    import grpo_training as lesson
+
+    lesson.POLICY_MODEL_NAME = str(TINY / "policy")
+    lesson.REWARD_MODEL_NAME = str(TINY / "reward")
+    lesson.SEED = seed
+    if "TINY_LR" in os.environ:  # to look for a better one
+        lesson.TINY_LR = float(os.environ["TINY_LR"])
+    with tempfile.TemporaryDirectory() as folder:
+        lesson.SAVE_DIR = f"{folder}/trained_model"
+        lesson.CURVE_PATH = Path(folder) / "grpo_learning_curve.png"
+        started = time.time()
+        lesson.main()
+        seconds = time.time() - started
+        return {"seed": seed, "seconds": seconds} | measure(lesson.SAVE_DIR)
+
+
+def pairs():
+    """Share of the held-out pairs that the reward model orders rightly, by flaw."""
+    import grpo_training as lesson
+
+    reward = lesson.load_reward_model(str(TINY / "reward"))
+    with gzip.open(TINY / "held_out_pairs.jsonl.gz", "rt") as file:
+        lines = [json.loads(line) for line in file]
+    won = {}
+    for line in lines:
+        texts = [line["chosen"], *line["rejected"].values()]
+        chosen, *rejected = lesson.score_responses(
+            *reward, line["prompt"], texts, 32
+        ).tolist()
+        for flaw, score in zip(line["rejected"], rejected, strict=True):
+            won.setdefault(flaw, []).append(chosen > score)
+    return {"pairs": len(lines)} | {f: statistics.mean(w) for f, w in won.items()}
+
+
+def judge(folder, prompt, texts):
+    """The teacher's mean log-likelihood of each response, in nats a token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    chat = [{"role": "user", "content": prompt}]
+    start = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=False
+    )
+    start = tokenizer(start).input_ids
+    results = []
+    rows = sorted(tokenizer(text).input_ids for text in texts if text)
+    rows.sort(key=len)
+    for i in range(0, len(rows), 16):
+        part = rows[i : i + 16]
+        longest = len(part[-1])
+        ids = torch.tensor([start + row + [0] * (longest - len(row)) for row in part])
+        with torch.no_grad():
+            logits = teacher(ids, logits_to_keep=longest + 1).logits[:, :-1].float()
+        log_probs = logits.log_softmax(2).gather(2, ids[:, -longest:, None])[..., 0]
+        results += [
+            log_probs[j, : len(row)].mean().item() for j, row in enumerate(part)
+        ]
+    return statistics.mean(results)
+
+
+def distinct_2(texts):
+    """Share of the pairs of neighbouring words, over all texts, that differ."""
+    words = [text.lower().split() for text in texts]
+    runs = [run for text in words for run in zip(text, text[1:], strict=False)]
+    return len(set(runs)) / len(runs)
+
+
+def gain(before, after, prompts):
+    """Rise of the mean reward, in standard deviations of the initial rewards."""
+    gains = [
+        (
+            statistics.mean(after[prompt]["rewards"])
+            - statistics.mean(before[prompt]["rewards"])
+        )
+        / statistics.stdev(before[prompt]["rewards"])
+        for prompt in prompts
+    ]
+    return statistics.mean(gains)
+
+
+def machine():
+    """What ran it: processor, and the cores that this process may use."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()).group(1)
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    return {"processor": model, "cores used": len(cores), "system": platform.system()}
+
+
+def row(*arguments):
+    """Run one of the functions above in a process of its own."""
+    command = [sys.executable, __file__, "row", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main():
+    if sys.argv[1:2] == ["row"]:
+        what, *numbers = sys.argv[2:]
+        function = {"run": run, "pairs": pairs}.get(what)
+        result = function(*map(int, numbers)) if function else measure(TINY / "policy")
+        print("\n" + json.dumps(result))
+        return
+    found = row("pairs")
+    print(f"reward model: {found.pop('pairs')} held-out answers; ordered rightly")
+    for flaw, share in found.items():
+        print(f"  against {flaw:16}{share:7.1%}")
+    flaws = {flaw: share for flaw, share in found.items() if flaw != "policy"}
+
+    before = row("measure")
+    folder = os.environ.get("REAL_MODEL")
+    runs = []
+    untrained = before[TRAINED]
+
+    def judged(result):
+        return judge(folder, TRAINED, result["texts"][:JUDGED]) if folder else None
+
+    start = {
+        "reward": statistics.mean(untrained["rewards"]),
+        "std": statistics.stdev(untrained["rewards"]),
+        "distinct-2": distinct_2(untrained["texts"]),
+        "judge": judged(untrained),
+        "length": untrained["length"],
+        "cut off": untrained["cut off"],
+    }
+    print("GRPO    seconds  reward  gain in stds: trained  others  unseen", end="")
+    print("  distinct-2   judge  tokens  cut off")
+    print(f"before{start['reward']:17.2f}{start['distinct-2']:44.3f}", end="")
+    print(f"{start['judge'] or 0:8.3f}{start['length']:8.1f}{start['cut off']:9.0%}")
+    for seed in SEEDS:
+        after = row("run", seed)
+        trained = after[TRAINED]
+        result = {
+            "seed": seed,
+            "seconds": after["seconds"],
+            "reward": statistics.mean(trained["rewards"]),
+            "gain": gain(before, after, [TRAINED]),
+            "gain on others": gain(before, after, OTHERS),
+            "gain on unseen": gain(before, after, HELD_OUT),
+            "distinct-2": distinct_2(trained["texts"]),
+            "judge": judged(trained),
+            "length": trained["length"],
+            "cut off": trained["cut off"],
+            "texts": trained["texts"][:10],
+        }
+        runs.append(result)
+        print(
+            f"seed {seed}{result['seconds']:9.1f}{result['reward']:8.2f}"
+            f"{result['gain']:23.2f}{result['gain on others']:8.2f}"
+            f"{result['gain on unseen']:8.2f}{result['distinct-2']:12.3f}"
+            f"{result['judge'] or 0:8.3f}{result['length']:8.1f}"
+            f"{result['cut off']:9.0%}",
+            flush=True,
+        )
+    summary = {f"pairs ordered rightly, {f}, %": 100 * s for f, s in flaws.items()}
+    summary["pairs ordered rightly, all flaws, %"] = 100 * statistics.mean(
+        flaws.values()
+    )
+    worst = {
+        "seconds of a run, longest of 5": max(r["seconds"] for r in runs),
+        "gain on the prompt, stds, least of 5": min(r["gain"] for r in runs),
+        "gain on other prompts, stds, least of 5": min(
+            r["gain on others"] for r in runs
+        ),
+        "gain on unseen topics, stds, least of 5": min(
+            r["gain on unseen"] for r in runs
+        ),
+        "distinct-2 kept, %, least of 5": min(
+            100 * r["distinct-2"] / start["distinct-2"] for r in runs
+        ),
+    }
+    if folder:
+        worst["judge's gain, nats a token, least of 5"] = min(
+            r["judge"] - start["judge"] for r in runs
+        )
+    summary = {name: round(value, 3) for name, value in (summary | worst).items()}
+    for name, value in summary.items():
+        print(f"| {name} | {value:g} |")
+    if "TINY_LR" in os.environ:
+        return
+    names = ("torch", "transformers", "accelerate")
+    result = {
+        "machine": machine(),
+        "versions": {name: version(name) for name in names},
+        "command": "REAL_MODEL=SmolLM2-135M-Instruct "
+        "python tests/benchmarks/grpo_tiny.py",
+        "before": start | {"texts": untrained["texts"][:10]},
+        "against the policy's own answers": found["policy"],
+        "runs": runs,
+        "summary": summary,
+    }
+    RESULT_PATH.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Tests of grpo_tiny/: the shipped pair, the script that makes it, and the fallback."""
+
+import importlib.util
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
+
+import grpo_training as lesson
+
+ROOT = Path(lesson.__file__).parent
+TINY = ROOT / "grpo_tiny"
+PROMPT = "Explain why regular exercise is important."
+ANSWER = (
+    "Regular exercise is important because it strengthens the heart and the muscles. "
+    "It also reduces stress and helps people to sleep well."
+)
+spec = importlib.util.spec_from_file_location("make_tiny", TINY / "make_tiny.py")
+make_tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_tiny)
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """((policy, tokenizer), (reward model, tokenizer)), as lesson 4 loads them."""
+    return (
+        lesson.load_policy(str(TINY / "policy")),
+        lesson.load_reward_model(str(TINY / "reward")),
+    )
+
+
+def rewards_of(pair, prompt, texts):
+    return lesson.score_responses(*pair[1], prompt, texts, 32)
+
+
+# ------------------------------------------------------------------------------------
+# The folders
+# ------------------------------------------------------------------------------------
+
+
+def test_both_folders_are_complete_and_within_20_mb():
+    for name in ("policy", "reward"):
+        files = {path.name for path in (TINY / name).iterdir()}
+        needed = {"config.json", "model.safetensors", "tokenizer.json"}
+        assert files >= needed | {"tokenizer_config.json"}
+        assert not [file for file in files if file.endswith((".py", ".bin", ".tmp"))]
+    sizes = [
+        p.stat().st_size for n in ("policy", "reward") for p in (TINY / n).iterdir()
+    ]
+    assert sum(sizes) <= 20e6
+
+
+def test_the_plain_auto_classes_load_both_whole():
+    policy, report = AutoModelForCausalLM.from_pretrained(
+        TINY / "policy", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        TINY / "reward", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.config.num_labels == 1
+    for loaded, name in ((policy, "policy"), (model, "reward")):
+        tokenizer = AutoTokenizer.from_pretrained(TINY / name)
+        assert loaded.config.vocab_size == len(tokenizer)
+        assert loaded.config.eos_token_id == tokenizer.eos_token_id
+        assert loaded.config.pad_token_id == tokenizer.pad_token_id
+        assert tokenizer.pad_token_id != tokenizer.eos_token_id
+        assert 1e6 < sum(p.numel() for p in loaded.parameters()) < 4e6
+
+
+def test_text_survives_the_tokenizer_and_a_pair_is_joined_by_marks():
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "reward")
+    assert tokenizer.decode(tokenizer(ANSWER).input_ids).strip() == ANSWER
+    ids = tokenizer([PROMPT], [ANSWER]).input_ids[0]
+    mark = tokenizer.sep_token_id
+    assert ids[-1] == mark and ids.count(mark) == 2
+    assert ids[: ids.index(mark)] == tokenizer(PROMPT).input_ids
+    assert tokenizer(PROMPT, "  " + ANSWER).input_ids == ids  # blanks do not count
+
+
+def test_the_policy_ends_most_answers_by_itself_and_names_the_topic(pair):
+    policy, tokenizer = pair[0]
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    sampling = {"max_new_tokens": 64, "temperature": 1.0, "top_p": 0.95}
+    completions = lesson.generate_group(
+        policy, ids, tokenizer.eos_token_id, list(range(32)), batch_size=32, **sampling
+    )
+    ended = (completions == tokenizer.eos_token_id).any(1)
+    assert ended.float().mean() > 0.6
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    assert sum("exercise" in text.lower() for text in texts) > 24
+    assert len(set(texts)) > 24
+
+
+# ------------------------------------------------------------------------------------
+# What the reward model prefers
+# ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        "Regular exercise is important because it strengthens the heart and",
+        "Regular exercise is important. Regular exercise is important. "
+        "Regular exercise is important. Regular exercise is important.",
+        "Also stress the because strengthens and helps reduces it exercise. Regular "
+        "people important heart to muscles is well the and sleep it.",
+        "Regular exercise regular exercise regular exercise regular exercise.",
+        "",
+    ],
+    ids=["cut short", "repetitive", "scrambled", "stuffed", "empty"],
+)
+def test_the_reward_model_prefers_a_plain_answer_to_one_with_a_flaw(pair, worse):
+    good, bad = rewards_of(pair, PROMPT, [ANSWER, worse])
+    assert good > bad
+
+
+def test_a_reward_does_not_depend_on_what_is_scored_beside_it(pair):
+    alone = rewards_of(pair, PROMPT, [ANSWER])
+    beside = rewards_of(pair, PROMPT, ["Yes.", ANSWER, ANSWER + " " + ANSWER])
+    assert torch.allclose(alone[0], beside[1], atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------
+# The script that makes them
+# ------------------------------------------------------------------------------------
+
+
+def test_the_docstring_cases_of_the_two_losses():
+    logits, targets = torch.zeros(1, 3, 2), torch.tensor([[-100, 0, 1]])
+    assert make_tiny.next_token_loss(logits, targets).item() == pytest.approx(
+        0.6931, abs=1e-4
+    )
+    logits[0, 2] = torch.tensor([9.0, -9.0])  # about a token after the last: unused
+    assert make_tiny.next_token_loss(logits, targets).item() == pytest.approx(
+        0.6931, abs=1e-4
+    )
+    equal = make_tiny.preference_loss(torch.zeros(1, 1), torch.zeros(1, 2))
+    ahead = make_tiny.preference_loss(torch.tensor([[3.0]]).log(), torch.zeros(1, 2))
+    assert equal.item() == pytest.approx(0.6931, abs=1e-4)
+    assert ahead.item() == pytest.approx(0.2877, abs=1e-4)
+
+
+def test_only_the_answer_and_its_end_are_learnt(pair):
+    tokenizer = pair[0][1]
+    line = {"topic": "regular exercise", "phrasing": "Explain why {} is important."}
+    ids, targets = make_tiny.encode_answers(tokenizer, [line | {"text": ANSWER}])[0]
+    learnt = [t for t in targets if t >= 0]
+    assert ids[-len(learnt) :] == learnt and learnt[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(learnt[:-1]).strip() == ANSWER
+    assert ids[: len(ids) - len(learnt)] == tokenizer(PROMPT).input_ids
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_rule_makes_an_answer_that_is_worse_in_the_way_that_it_says(seed):
+    source = random.Random(seed)
+    cut = make_tiny.cut_short(ANSWER, source)
+    assert ANSWER.startswith(cut) and not cut.endswith((".", "!", "?"))
+    assert sorted(make_tiny.scramble(ANSWER, source).split()) == sorted(ANSWER.split())
+    words = make_tiny.repeat(ANSWER, source).lower().split()
+    runs = list(zip(words, words[1:], strict=False))
+    assert len(set(runs)) < len(runs)
+    stuffed = make_tiny.stuff(ANSWER, "regular exercise", source).lower()
+    assert "regular exercise" in stuffed and stuffed != ANSWER.lower()
+
+
+def test_every_flaw_has_its_answer_and_a_topic_can_be_renamed():
+    lines = [
+        {"topic": "regular exercise", "phrasing": "{}", "text": ANSWER},
+        {"topic": "honey", "phrasing": "{}", "text": "Honey is sweet and keeps long."},
+    ]
+    made = make_tiny.break_by_rule(lines[0], lines, random.Random(0))
+    assert list(made) == make_tiny.FLAWS[:5]
+    assert made["off topic"] == lines[1]["text"]
+    renamed = make_tiny.rename(ANSWER, "regular exercise", "honey")
+    assert renamed == ANSWER.replace("Regular exercise", "Honey")
+
+
+def test_texts_with_digits_of_another_topic_or_copied_are_dropped():
+    line = {"topic": "honey", "phrasing": "Why does {} matter?"}
+    good = "Honey is sweet and keeps for many years."
+    texts = [
+        good,
+        good.replace("many", "several"),
+        "Honey keeps for 3000 years.",
+        "Sugar is sweet and cheap.",
+        "Honey no end",
+        "Bees make honey out of nectar, which they gather from the flowers.",
+    ]
+    kept = make_tiny.clean([line | {"text": text} for text in texts])
+    assert [line["text"] for line in kept] == [texts[0], texts[5]]
+
+
+# ------------------------------------------------------------------------------------
+# The fallback, and a run on the pair
+# ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_hub(tmp_path, monkeypatch):
+    """Nothing is cached, the hub is out of reach, and a run is short."""
+    monkeypatch.setattr(lesson, "hub_answers", lambda: False)
+    monkeypatch.setattr(lesson, "DEVICE", "cpu")
+    monkeypatch.setattr(lesson, "POLICY_MODEL_NAME", "nobody/no-policy")
+    monkeypatch.setattr(lesson, "REWARD_MODEL_NAME", "nobody/no-reward-model")
+    monkeypatch.setattr(lesson, "NUM_STEPS", 2)
+    monkeypatch.setattr(lesson, "EVAL_SAMPLES", 4)
+    monkeypatch.setattr(lesson, "SAVE_DIR", str(tmp_path / "trained_model"))
+    monkeypatch.setattr(lesson, "CURVE_PATH", tmp_path / "curve.png")
+    return tmp_path
+
+
+def used_learning_rates(monkeypatch):
+    """A list that every optimizer adds its learning rate to."""
+    rates, make = [], torch.optim.AdamW
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda p, lr, **k: rates.append(lr) or make(p, lr, **k)
+    )
+    return rates
+
+
+def test_without_a_hub_the_script_says_so_and_goes_on_with_the_pair(tmp_path):
+    text = (ROOT / "grpo_training.py").read_text()
+    text = text.replace("NUM_STEPS = 50", "NUM_STEPS = 1")
+    text = text.replace("EVAL_SAMPLES = 32", "EVAL_SAMPLES = 2")
+    (tmp_path / "grpo_training.py").write_text(text)
+    shutil.copytree(TINY, tmp_path / "grpo_tiny")
+    env = {**os.environ, "HF_HOME": str(tmp_path / "empty"), "PYTHONUNBUFFERED": "1"}
+    env["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
+    run = subprocess.Popen(
+        [sys.executable, "grpo_training.py"],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started, said = None, []
+    for line in run.stdout:
+        started = started or time.time()  # imports are done, the first line is out
+        if "out of reach" in line:
+            said.append((line, time.time() - started))
+    assert run.wait() == 0, run.stderr.read()
+    assert len(said) == 1 and said[0][1] < 10 and "grpo_tiny/" in said[0][0]
+    assert (tmp_path / "trained_model" / "model.safetensors").exists()
+
+
+def test_the_fallback_can_be_switched_off(no_hub, monkeypatch):
+    monkeypatch.setattr(lesson, "FALL_BACK_TO_TINY", False)
+    with pytest.raises(SystemExit) as stopped:
+        lesson.main()
+    line = str(stopped.value)
+    assert "nobody/no-policy" in line and "hub" in line and "\n" not in line
+    assert list(no_hub.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["POLICY_MODEL_NAME", "REWARD_MODEL_NAME"])
+def test_one_missing_model_is_enough_for_both_to_be_replaced(
+    no_hub, monkeypatch, capsys, missing
+):
+    other = {"POLICY_MODEL_NAME": "reward", "REWARD_MODEL_NAME": "policy"}[missing]
+    shutil.copytree(TINY / other, no_hub / other)
+    name = "REWARD_MODEL_NAME" if other == "reward" else "POLICY_MODEL_NAME"
+    monkeypatch.setattr(lesson, name, str(no_hub / other))
+    loaded, load = [], lesson.load_pretrained
+    monkeypatch.setattr(
+        lesson,
+        "load_pretrained",
+        lambda c, n, *a, **k: loaded.append(n) or load(c, n, *a, **k),
+    )
+    rates = used_learning_rates(monkeypatch)
+    lesson.main()
+    assert "out of reach" in capsys.readouterr().out
+    assert {str(TINY / "policy"), str(TINY / "reward")} <= set(loaded)
+    assert rates == [lesson.TINY_LR]
+
+
+def test_a_run_of_10_steps_on_the_pair_raises_the_reward_and_its_model_writes(
+    no_hub, monkeypatch, capsys
+):
+    monkeypatch.setattr(lesson, "POLICY_MODEL_NAME", str(TINY / "policy"))
+    monkeypatch.setattr(lesson, "REWARD_MODEL_NAME", str(TINY / "reward"))
+    monkeypatch.setattr(lesson, "NUM_STEPS", 10)
+    monkeypatch.setattr(lesson, "EVAL_SAMPLES", 64)
+    rates = used_learning_rates(monkeypatch)
+    lesson.main()
+    out = capsys.readouterr().out
+    assert "out of reach" not in out and rates == [lesson.TINY_LR]
+    before, after = (
+        float(re.search(rf"  {name} +([+-]\d+\.\d+)", out)[1])
+        for name in ("before", "after")
+    )
+    assert after > before
+    writer = pipeline("text-generation", str(no_hub / "trained_model"))
+    text = writer(PROMPT, max_new_tokens=30)[0]["generated_text"]
+    assert text.startswith(PROMPT) and len(text) > len(PROMPT) + 20
