@@ -10,33 +10,37 @@ The task
     in all counts as solved. After 1,000 steps the time is up.
 
 The algorithm in 6 steps
-    1. Start from an actor (the policy) and a critic (its guess of the return to come).
+    1. Start from an actor (the policy: a probability for each action) and a critic
+       (a guess of the return: the rewards to come, later ones counting less).
     2. Fly T steps in N environments side by side, drawing actions from the actor.
     3. Ask the critic what it expected, and compute each action's advantage: how much
        better things went than that (generalised advantage estimation, GAE).
     4. Go over this batch several times in small random parts. On each: make actions
-       with a positive advantage likelier, but stop pushing once their probability has
-       changed by 20 %; pull the critic towards what it saw, completed by its guesses.
+       with a positive advantage likelier and the others rarer, but stop pushing one
+       once its probability has changed by 20 %; pull the critic towards the return:
+       the rewards that came, then its own guess of the rest.
     5. Lower the learning rate a little and go back to 2, until the steps are spent.
     6. Measure the score on held-out episodes, which played no part so far.
 
-Symbols (T steps, N environments, B = T*N steps in all, D = 8 observed, A = 4 actions)
+Symbols (T steps, N environments, B = T*N rows or a part of them, D = 8, A = 4)
     pi(a|s)   actor         probability of action a in state s, from logits (B, A)
-    V(s)      critic        (B,): the discounted return it expects from state s on
+    S[pi](s)  entropy       (B,): how undecided pi is in s, in nats; ln 4 at most
+    V(s)      critic        (B,): r_t + gamma r_{t+1} + ... as it expects them from s_t
     s_t       observations  (T, N, D): position, velocity, angle, spin, two leg contacts
-    a_t       actions       (T, N): 0 nothing, 1 left engine, 2 main engine, 3 right
+    a_t       actions       (T, N): A of them: nothing, left, main, right engine
     r_t       rewards       (T, N): of the step from s_t to s_{t+1}, times REWARD_SCALE
     A_t       advantages    (T, N): how much better a_t was than V(s_t) expected
-    G_t       returns       (T, N): A_t + V(s_t), what the critic learns to predict
+    G_t       returns       (T, N): A_t + V(s_t), the critic's target; not the printed
+                            'return', an episode's plain sum of unscaled rewards
     rho_t     ratio         (B,): pi(a_t|s_t) now over pi(a_t|s_t) when it was taken
 
 Where this differs from the papers, and why
     Schulman et al. 2017 (PPO, arXiv 1707.06347) and 2015 (GAE, arXiv 1506.02438):
     * Actor and critic share no layers, as in PPO's own experiments on robots (section
-      6.1; for Atari games they share), so that neither loss disturbs the other network.
-    * ReLU where theirs is tanh: the lander learns to switch its engines off sooner.
-    * Rewards are divided by 100, gradients clipped, the weights start orthogonal; the
-      table of tests/benchmarks/lunarlander_ablations.py says what each is worth.
+      6.1; for Atari games they share), so that neither loss moves the other's weights.
+    * ReLU where theirs is tanh: the lander learns sooner to switch its engines off.
+    * Rewards are divided by 100, advantages normalised, gradients clipped, the weights
+      start orthogonal; tests/benchmarks/lunarlander_ablations.py measures each.
     * An episode that ran out of time is not a landing or a crash: see `gae`.
 
 Run it
@@ -54,7 +58,7 @@ If it does not learn
     * 'return' stays near -130, 'length' near 70, and the entropy is 0 from the first
       line on: the loss has the wrong sign. The critic still learns.
 
-Try this (seed 0)
+Try this (seed 0; a run that ends above 200 replaces the shipped weights)
     * EPOCHS = 20 and TOTAL_STEPS = 160_000: each step is used five times as often; it
       scores 262.7 after 22 seconds.
     * MINIBATCH_SIZE = 4_096 and TOTAL_STEPS = 400_000, one gradient step for each pass:
@@ -84,36 +88,44 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------
 
 # What to run
-SEED = 0  # below 500,000; same seed, machine and versions: same weights, bit for bit
+SEED = 0  # below 500,000, far from HELD_OUT_SEED; same seed, machine and versions: same
+#           weights, bit for bit
 
 # Budget
-TOTAL_STEPS = 850_000  # steps of the environments, all copies counted together
-REPORT_EVERY = 10  # updates between two printed lines
+TOTAL_STEPS = 850_000  # of all copies together, rounded down to whole updates; too few:
+#                        not solved yet; more: only time
+REPORT_EVERY = 10  # updates (a rollout and the passes over it) between two lines
 
 # Collecting
-NUM_ENVS = 16  # copies flown side by side; one pass of the actor serves them all
+NUM_ENVS = 16  # copies flown side by side, by one pass of the actor; few: slower, and a
+#                batch of few episodes; many: fewer updates for the same TOTAL_STEPS
 ROLLOUT_STEPS = 256  # steps of each copy between two updates; with few the landing is
 #                      out of sight, with many the policy is updated too rarely
 
 # Algorithm
-EPOCHS = 4  # passes over each batch; more learn more from it, cost more, and go stale
-MINIBATCH_SIZE = 512  # steps in one gradient step; fewer: more steps, noisier, slower.
-#                       What is left over at the end of a pass makes a smaller one.
+EPOCHS = 4  # passes over each batch; few: little is learnt from it; many: slower, and
+#             the later ones use data that the policy has moved away from
+MINIBATCH_SIZE = 512  # rows of the batch in one gradient step; small: noisy, and slow;
+#                       big: too few gradient steps. The last of a pass may be smaller.
 LEARNING_RATE = 2e-3  # Adam's step at the start; falls in a straight line to 0. Too
 #                       big: it settles on a bad habit; too small: time runs out
 GAMMA = 0.995  # discount of a reward one step later: 0.995 looks about 200 steps ahead,
 #                the length of a landing; nearer 1 it takes its time, lower it crashes
-GAE_LAMBDA = 0.98  # 0 trusts the critic after one step, 1 only what really happened
-CLIP_EPS = 0.2  # how far the ratio may move from 1 before the push stops
+GAE_LAMBDA = 0.98  # 0 trusts the critic after one step, 1 only what really happened;
+#                    near 0 the critic's errors mislead, near 1 chance does: see `gae`
+CLIP_EPS = 0.2  # how far the ratio may move from 1 before the push stops; too small: it
+#                 learns slowly; too big: the policy outruns its data
 ENTROPY_BONUS = 0.003  # how much staying undecided is worth; too little: it settles on
 #                         the first thing that works; too much: it never settles
-VALUE_WEIGHT = 0.5  # of the critic's loss in the sum; with separate networks and Adam
-#                     hardly felt
-MAX_GRAD_NORM = 0.5  # longer gradients are shortened to this; too small: every step is
-#                      short, whatever the batch says; too big: one odd batch can jerk
+VALUE_WEIGHT = 0.5  # of the critic's loss. Adam makes up for it, but for MAX_GRAD_NORM:
+#                     too big and the critic's gradient crowds out the actor's
+MAX_GRAD_NORM = 0.5  # a longer gradient, of both networks taken as one, is shortened to
+#                      this; too small: all batches count alike, clear or unclear; too
+#                      big: one odd batch can jerk
 REWARD_SCALE = 0.01  # rewards reach +-100; the critic learns best on numbers near 1,
 #                      much bigger or much smaller ones take it too many steps to reach
-HIDDEN_UNITS = 64  # width of the two hidden layers, of the actor and of the critic
+HIDDEN_UNITS = 64  # width of the two hidden layers, of the actor and of the critic; too
+#                    small: it flies crudely; too big: slower
 
 # Files, written beside this script
 WEIGHTS_PATH = Path(__file__).with_name("ppo_lunarlander_final.pt")
@@ -172,7 +184,7 @@ def check_settings() -> None:
 
 
 def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
-    """A linear layer that starts with orthogonal weights of this gain, and no bias."""
+    """A linear layer that starts with orthogonal weights times `gain`, biases 0."""
     layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
@@ -262,8 +274,11 @@ def gae(
     delta_t = r_t + gamma * V(s_{t+1}) * (1 - terminated_t) - V(s_t)
     A_t     = delta_t + gamma * lam * (1 - ended_t) * A_{t+1}
 
-    PPO's eq. (12) and (11) (whose last exponent, T-t+1, is a misprint for T-t-1), with
-    the ends of episodes added; written backwards, each A_t from the one after it.
+    PPO's eq. (12) and (11), written backwards, with the ends of episodes added. (The
+    last exponent of (11), T-t+1, is a misprint for T-t-1.) Written out, A_t is
+    delta_t + (gamma*lam) delta_{t+1} + (gamma*lam)^2 delta_{t+2} + ...: at lam = 0 one
+    reward and then the critic's guess; at lam = 1 the guesses between cancel, and what
+    is left are the rewards that came, minus V(s_t).
 
     All arguments (T, N) float32, flags 0 or 1; index t is the step from s_t to s_{t+1}.
     Gives advantages (T, N).
@@ -290,8 +305,9 @@ def normalise(advantages: torch.Tensor) -> torch.Tensor:
 
     (A - mean(A)) / (std(A) + 1e-4)
 
-    `advantages` (B,) float32 gives (B,). The step of the policy is then as long while
-    the agent crashes (advantages of -1) as when it lands (0.01).
+    `advantages` (B,) float32 gives (B,). They are near 1 while crashes come as a
+    surprise and near 0.01 once they are rare; normalised, ENTROPY_BONUS weighs the same
+    against both. The 1e-4 is there so that nothing is divided by 0.
     By hand: [1, 2, 3]  ->  [-1.2246, 0, 1.2246].
     """
     return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-4)
@@ -327,13 +343,17 @@ def clipped_surrogate_loss(
 
     Schulman et al. 2017 (PPO), eq. (7), with a minus since optimizers go downhill.
 
+    rho_t counts each action as often as the policy of now would take it, so that
+    mean(rho_t * A_t) estimates how much better than the old policy it does. That holds
+    only near the old policy, from whose flights A_t comes: hence the clip. At the first
+    gradient step of an update all rho are 1 and nothing is clipped.
     Where rho > 1 + eps and A > 0, or rho < 1 - eps and A < 0, the clipped term is the
     smaller one and it is flat: the action was pushed far enough and gets no gradient.
-    Outside the range on the *other* side (pushed the wrong way by its neighbours) the
+    Outside the range on the *other* side (moved there by the push on other steps) the
     minimum keeps the unclipped term, so that the action can come back.
 
     `log_probs` (B,) with gradient, `old_log_probs` (B,) of the policy that acted,
-    `advantages` (B,). Gives a scalar.
+    `advantages` (B,), normalised. Gives a scalar.
     By hand: rho = [1.5, 0.5], A = [1, -1], eps = 0.2  ->  -(1.2 - 0.8) / 2 = -0.2.
     """
     ratio = torch.exp(log_probs - old_log_probs)
@@ -409,11 +429,11 @@ def collect(
     so far of the episodes in flight, is kept up to date in place.
 
     Gives the rollout: `observations` and `next_observations` (T, N, D), `actions`
-    (T, N) int64, `rewards`, `terminated` and `ended` (T, N) float32; then where the
-    copies stand now, and (return, length) of each episode that ended.
+    (T, N) int64, `rewards` (not yet scaled), `terminated` and `ended` (T, N) float32;
+    then where the copies stand now, and (return, length) of each episode that ended.
     """
-    # Gumbel trick: argmax(logits + noise) is a draw from softmax(logits), and the noise
-    # of all steps is made in one call.
+    # -log of an exponential draw is Gumbel noise, and argmax(logits + Gumbel noise) is
+    # a draw from softmax(logits). The noise of all steps is made in one call.
     noise = -torch.empty(steps, envs.num_envs, ACTIONS).exponential_().log().numpy()
     rows, finished = [], []
     for t in range(steps):
@@ -535,11 +555,11 @@ def ppo_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """All that is minimised: PPO's eq. (9) with its sign turned round.
 
-    loss = L_clip + value_weight * L_value - entropy_bonus * mean_t( S[pi](s_t) )
+    loss = L_policy + value_weight * L_value - entropy_bonus * mean_t( S[pi](s_t) )
 
     `batch` as `make_batch` gives it, or a part of its rows. The advantages in it are
     plain numbers: the critic learns from L_value alone. Gives three scalars: loss,
-    L_clip, L_value.
+    L_policy, L_value.
     """
     logits = agent.actor(batch["observations"])
     log_probs, entropies = log_probs_and_entropy(logits, batch["actions"])
@@ -590,7 +610,7 @@ def diagnose(
     """What the update did to the policy, over the whole batch: four numbers.
 
     1. mean_t( rho_t - 1 - ln rho_t ), an estimate of KL(pi_old || pi) in nats.
-    2. The share of steps whose ratio left the range 1 +- clip_eps.
+    2. The share of steps whose ratio left the range 1 +- clip_eps, on either side.
     3. The entropy of the policy now, in nats: 1.386 is random, 0 is certain.
     4. The explained variance of the critic before the update.
     """
@@ -656,12 +676,11 @@ def save_run(
 def print_header() -> None:
     """Say what runs, for how long, and how to read the table that follows."""
     print(f"PPO on {ENV_ID}, seed {SEED}, on the CPU (a GPU is slower here).")
-    print(f"{TOTAL_STEPS:,} steps; a million take about a minute.")
+    print(f"{TOTAL_STEPS:,} steps; a million take about a minute. In the table,")
     print(f"'return', a mean of 100 episodes, should rise past {SOLVED_SCORE:g}, and")
-    print("'explained', how much of the returns the critic foresees, towards 1. KL and")
-    print(
-        "entropy are in nats. The losses show no progress: each update has new data.\n"
-    )
+    print("'explained', how much of the returns the critic foresees, towards 1. KL: how")
+    print("far an update moved the policy, in nats; 'clipped': how many actions left the")
+    print("range. The losses show no progress: each update has new data.\n")
     print(
         "return  length      steps  steps/s      KL  clipped  entropy  explained"
         "   policy, value loss"
@@ -746,12 +765,14 @@ def main() -> None:
             bar.update()
             seconds = time.perf_counter() - start
             if (update + 1) % REPORT_EVERY == 0 or update + 1 == updates:
-                facts = diagnose(agent, batch, CLIP_EPS)
-                bar.write(report_line(history, steps, seconds, *facts, *losses))
+                diagnostics = diagnose(agent, batch, CLIP_EPS)
+                bar.write(report_line(history, steps, seconds, *diagnostics, *losses))
         bar.close()
 
         # 6. The final score, and the files.
         greedy_score = print_held_out_scores(agent.actor)
+        if pressed:
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         bar.close()
         names = save_run(agent, history, "_interrupted", steps=steps)

@@ -220,6 +220,16 @@ def test_the_gradient_of_the_whole_loss_equals_a_plain_rewriting():
         assert torch.allclose(one, other, atol=1e-6)
 
 
+def test_a_long_gradient_is_shortened_to_the_limit():
+    agent, _, batch = make_batch()
+    before = torch.cat([p.detach().flatten().clone() for p in agent.parameters()])
+    optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
+    settings = dict(clip_eps=0.2, value_weight=0.5, entropy_bonus=0.01)
+    lesson.learn(agent, optimizer, batch, 1, len(batch["actions"]), 1e-3, **settings)
+    after = torch.cat([p.detach().flatten() for p in agent.parameters()])
+    assert (after - before).norm().item() == pytest.approx(1e-3, rel=0.01)
+
+
 def test_no_gradient_reaches_the_critic_through_the_policy_loss():
     agent, _, batch = make_batch()
     loss, _, _ = lesson.ppo_loss(agent, batch, 0.2, 0.0, 0.01)
