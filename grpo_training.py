@@ -5,12 +5,14 @@ What you will learn
     was taught to predict text is taught to write what a second model rates highly.
 
 The algorithm in 6 steps
-    1. Start from a pretrained language model: the policy. Its state is the text so
-       far, its action the next token.
+    1. Start from a pretrained language model. In the words of reinforcement learning
+       it is the policy: in a state (the text so far) it takes an action (a next token).
     2. Let it write a group of responses to one prompt, drawing every token at random.
-    3. Score each response: the reward, one number for the whole text.
+    3. Score each response by the reward model, a network trained beforehand on which
+       texts people prefer: the reward, one number for the whole text.
     4. Compare within the group: a response's advantage is how far its reward is above
-       the group's mean. That mean stands where PPO has a critic.
+       the group's mean, in units of its std. (PPO, lesson 3, trains a second network,
+       the critic, to guess that mean.)
     5. One gradient step: make each token of the better responses likelier, of the worse
        ones rarer. Go back to 2.
     6. Compare fresh responses from before and after, and save the model.
@@ -24,6 +26,9 @@ Symbols (G responses, L tokens in the longest, V tokens - pieces of words - in a
     ln pi_old   old_log_probs   (G, L)  ... as it was when it wrote the responses
     ln pi_ref   ref_log_probs   (G, L)  ... under a frozen copy of the first policy
     rho_it      ratio           (G, L)  pi / pi_old
+    q           prompt_ids      (1, P)  the prompt
+    eps, beta   CLIP_EPS, KL_COEF. KL: how far two policies differ, 0 if not at all
+    In a function, (G, L) may be a part of the group, cut to its longest response.
 
 Where this differs from the paper, and why
     Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4.1, outcome supervision:
@@ -33,6 +38,7 @@ Where this differs from the paper, and why
       texts get odd while their reward rises.
     * The std has 1e-4 added, equal rewards give exactly 0, the gradient is clipped.
     * The reward model stays as it is; theirs may be trained further on the way.
+    * TOP_P = 0.95 cuts off the odd tail while writing; the loss does not know of it.
     What others changed since: Dr. GRPO (arXiv 2503.20783) drops the division by the std
     (SCALE_BY_STD = False) and the one by the response's length, since both weigh some
     responses more than others. DAPO (arXiv 2503.14476) takes one mean over all tokens
@@ -59,8 +65,8 @@ If it does not learn
       it, or hold the policy back with KL_COEF = 0.04.
     * The texts turn into gibberish: LR is too big.
 
-Try this (on the tiny model of tests/test_grpo.py, in 60 steps at LR = 3e-3, seed 0: the
-share of the words that its reward wants rises from 0.52 to 0.93)
+Try this (on the model that tests/test_grpo.py builds, in 60 steps at LR = 3e-3, seed 0:
+the share of the words that its reward wants rises from 0.52 to 0.93)
     * NUM_SAMPLES = 2: to 0.57 only. With 32 to 0.99, but in 4 times the time.
     * INNER_STEPS = 4: to 1.00, with an entropy of 2.0 nats a token instead of 3.1.
     * SCALE_BY_STD = False: to 0.93. Here the division makes no difference.
@@ -116,27 +122,33 @@ PROMPTS = ["Explain why regular exercise is important."]  # several are taken in
 SEED = 0  # below 500,000; same seed, machine and versions: the same responses
 
 # Budget
-NUM_STEPS = 50  # groups, and so gradient steps
+NUM_STEPS = 50  # groups; INNER_STEPS updates from each, none if all its rewards equal
 NUM_SAMPLES = 8  # G, responses in a group; 2 is the least, more is a steadier gradient
-MAX_NEW_TOKENS = 64  # longer responses are cut here; time grows in proportion
+MAX_NEW_TOKENS = 64  # longer responses are cut here; too few: the reward judges half
+#                      sentences; more: time grows in proportion
 EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the gain
 
 # Algorithm
 LR = 1e-5  # size of AdamW's step; too big and the texts turn into gibberish, too small
-#            and 50 steps change nothing
+#            and 50 steps change nothing. Not used with grpo_tiny/: that has
 TINY_LR = 6e-6  # takes its place for the policy in grpo_tiny/. 1.5e-5 gains more, but
 #                 keeps 29 % of the variety; at 5e-5 one answer is left, 2e-4: gibberish
-TEMPERATURE = 1.0  # of the drawing, and of the log-probabilities that are trained
+TEMPERATURE = 1.0  # of the drawing, and of the log-probabilities that are trained; too
+#                    high: gibberish, too low: all responses alike, nothing to compare
 TOP_P = 0.95  # draw only from the likeliest tokens that together hold 95 %, without the
 #               odd tail: texts read better. But the loss uses the probabilities before
-#               this cut, so the gradient is slightly wrong, and the entropy and KL that
-#               are printed are too low. With 1.0 nothing is cut and all are exact.
-CLIP_EPS = 0.2  # a token stops being pushed once its probability changed by 20 %
-INNER_STEPS = 1  # gradient steps from one group; with 1 the clip never acts
+#               this cut, so the gradient and the printed KL are slightly wrong, and the
+#               printed entropy is too low. With 1.0 nothing is cut and all are exact.
+CLIP_EPS = 0.2  # a token stops being pushed once its probability changed by 20 %; too
+#                 big: no brake on later inner steps, too small: they do nothing
+INNER_STEPS = 1  # gradient steps from one group; more learn faster, and the texts grow
+#                  alike sooner; with 1 the clip never acts
 KL_COEF = 0.0  # pull back to the first policy: 0.04 is the paper's. Above 0, a frozen
 #                copy of the model is kept, which costs its size in memory and some time
-SCALE_BY_STD = True  # divide the advantages by the std of the group's rewards
-MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
+SCALE_BY_STD = True  # divide the advantages by the std of the group's rewards; False:
+#                      groups with nearly equal rewards count less
+MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this; too small: all groups
+#                      count alike, too big: one odd group may throw the policy off
 
 # Memory: these change results by rounding only (which may, in time, change a word)
 MICRO_BATCH_SIZE = 2  # responses in one backward pass; more is faster, takes more
@@ -192,8 +204,13 @@ def check_settings() -> None:
     if REWARD_FUNCTION is not None and not callable(REWARD_FUNCTION):
         problems.append(f"REWARD_FUNCTION = {REWARD_FUNCTION!r} must be a function")
     for name in ("SAVE_DIR", "CURVE_PATH"):
-        if not os.access((Path(__file__).parent / globals()[name]).parent, os.W_OK):
-            problems.append(f"{name} must lie in a folder that can be written to")
+        path = globals()[name]
+        path = Path(__file__).parent / path if isinstance(path, str | Path) else None
+        if path is None or not os.access(path.parent, os.W_OK):
+            problems.append(
+                f"{name} = {str(globals()[name])!r} must lie in a folder that can be "
+                "written to"
+            )
     if DEVICE not in ("cpu", "cuda"):
         problems.append(f'DEVICE = {DEVICE!r} must be "cpu" or "cuda"')
     elif DEVICE == "cuda" and not torch.cuda.is_available():
@@ -329,7 +346,8 @@ def load_policy(
         old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
         getattr(policy, new if hasattr(policy, new) else old)({"use_reentrant": False})
     # eval() switches dropout off and nothing else; gradients flow as before. With
-    # dropout, gpt2's ratio is anything from 0.87 to 1.09 before its first step.
+    # dropout we would train another network than the one that wrote: the probabilities
+    # of the same tokens differ, in gpt2 by a factor of 0.87 to 1.09.
     return policy.eval(), tokenizer
 
 
@@ -395,6 +413,68 @@ def save_model(
                 file.unlink()
 
 
+Score = Callable[[str, list[str]], torch.Tensor]  # (prompt, n responses) -> (n,)
+
+
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Most tokens that the model reads at once."""
+    limit = tokenizer.model_max_length
+    return min(limit, getattr(model.config, "max_position_embeddings", limit))
+
+
+def call_reward_function(
+    function: Callable, device: torch.device, prompt: str, responses: list[str]
+) -> torch.Tensor:
+    """Rewards (n,) float32 from REWARD_FUNCTION, which must give one for each text."""
+    try:
+        rewards = torch.tensor([float(x) for x in function(prompt, responses)])
+    except (TypeError, ValueError) as problem:
+        sys.exit(f"REWARD_FUNCTION did not give numbers ({problem}).")
+    if len(rewards) != len(responses):
+        sys.exit(
+            f"REWARD_FUNCTION gave {len(rewards)} rewards for {len(responses)} texts."
+        )
+    return rewards.to(device)
+
+
+def make_score(
+    function: Callable | None,
+    model_name: str,
+    prompts: list[str],
+    device: torch.device,
+    batch_size: int,
+) -> Score:
+    """What scores the responses: `function` if there is one, else the reward model."""
+    if function is not None:
+        return functools.partial(call_reward_function, function, device)
+    model, tokenizer = load_reward_model(model_name)
+    room = context_length(model, tokenizer) - 8  # marks between the two, some response
+    check_prompts(prompts, tokenizer, room, "REWARD_MODEL_NAME")
+    return functools.partial(
+        score_responses, model.to(device), tokenizer, batch_size=batch_size
+    )
+
+
+def load_models(
+    policy_name: str,
+    reward_name: str,
+    function: Callable | None,
+    prompts: list[str],
+    device: torch.device,
+    checkpointing: bool,
+    max_new_tokens: int,
+    batch_size: int,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Score]:
+    """The policy, its tokenizer and what scores it, for prompts that fit into both."""
+    policy, tokenizer = load_policy(policy_name, checkpointing=checkpointing)
+    room = context_length(policy, tokenizer) - max_new_tokens
+    if room < 1:
+        stop(f"MAX_NEW_TOKENS = {max_new_tokens} is more than {policy_name} reads.")
+    check_prompts(prompts, tokenizer, room, "POLICY_MODEL_NAME")
+    score = make_score(function, reward_name, prompts, device, batch_size)
+    return policy.to(device), tokenizer, score
+
+
 # ------------------------------------------------------------------------------------
 # The equations
 # ------------------------------------------------------------------------------------
@@ -406,11 +486,12 @@ def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True) -> torch.
     A_i = (r_i - mean(r)) / (std(r) + 1e-4)
 
     DeepSeekMath, section 4.1.2. `scale_by_std=False` leaves out the division, as Dr.
-    GRPO does. Equal rewards give exactly 0: their std may come out as 3e-8 instead of
-    0, and dividing one rounding error by another gives noise the size of a reward.
+    GRPO does. Equal rewards give exactly 0: rounding may leave 3e-8 instead, and AdamW,
+    which divides a gradient by its usual size, could make a full step of mere noise.
 
     `rewards` (G,) float32 of one prompt's responses gives (G,).
-    By hand: rewards = [0, 1, 2]  ->  mean 1, std 1  ->  [-0.9999, 0, 0.9999].
+    By hand: rewards = [0, 1, 2]  ->  mean 1, std 1 (the sum of squares divided by
+    G - 1)  ->  [-0.9999, 0, 0.9999].
     """
     centred = rewards - rewards.mean()
     if centred.abs().max() <= 1e-6 * rewards.abs().max():
@@ -506,7 +587,9 @@ def grpo_loss(
     way A asks for, and never stops it from coming back. On the first step from a group
     rho is 1 and the advantages add up to 0, so the loss is beta times the mean of k3: 0
     without KL. Its gradient is not 0, and the gradient is what trains: at rho = 1 it is
-    that of A_i ln pi, as in REINFORCE.
+    that of -A_i ln pi. Why that works: since d pi = pi d ln pi, the mean of r_i times
+    the gradient of ln pi(o_i), over responses drawn from pi, is the gradient of the
+    mean reward. (REINFORCE, lesson 1.)
 
     `log_probs`, `old_log_probs`, `ref_log_probs` (None without KL) and `mask` (G, L),
     `advantages` (G,); beta is `kl_coef`. Gives a scalar.
@@ -531,8 +614,6 @@ def grpo_loss(
 # Collecting data
 # ------------------------------------------------------------------------------------
 
-Score = Callable[[str, list[str]], torch.Tensor]  # (prompt, n responses) -> (n,)
-
 
 def draw_tokens(
     logits: torch.Tensor,
@@ -542,8 +623,8 @@ def draw_tokens(
 ) -> torch.Tensor:
     """Draw one token for each row, from the likeliest that together hold `top_p`.
 
-    Drawn from all tokens, and drawn again as long as those likelier than the one drawn
-    hold top_p or more by themselves. That gives the same distribution as sorting the
+    Draw from all tokens; while those likelier than the one drawn hold top_p or more by
+    themselves, draw again. That gives the same distribution as sorting the
     whole vocabulary and cutting it, but sorting 50,000 numbers takes far longer.
 
     `logits` (n, V); each row draws from its own generator. Gives (n,) int64.
@@ -563,49 +644,9 @@ def draw_tokens(
                 ladder[i], height * ladder[i, -1], right=True
             )
         likelier = torch.where(probs > probs.gather(1, tokens[:, None]), probs, 0)
-        outside = (likelier.sum(1) >= top_p) if top_p < 1 else tokens < 0
+        outside = (likelier.sum(1) >= top_p) & (top_p < 1)  # at 1, nothing is outside
         again = outside.nonzero().flatten().tolist()
     return tokens
-
-
-@contextlib.contextmanager
-def replaced_forwards(forwards: dict[torch.nn.Module, Callable]) -> Iterator[None]:
-    """Inside this, each of these layers computes with the function beside it."""
-    for layer, forward in forwards.items():
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in forwards:
-            del layer.forward  # the class's own is back
-
-
-def packed_weights(
-    policy: PreTrainedModel, rows: int
-) -> contextlib.AbstractContextManager:
-    """On a CPU: keep the weights in a layout that is made for few rows, while writing.
-
-    To write one token, `rows` vectors are multiplied by every matrix of the model. With
-    the matrices as they lie, that takes about twice as long as with a copy that oneDNN,
-    a library inside PyTorch, has laid out for the purpose. The copy is as large as the
-    gradients, which do not exist yet. The results are the same up to rounding.
-    """
-    forwards = {}
-    if policy.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for layer in policy.modules():
-            if type(layer) not in (torch.nn.Linear, Conv1D):
-                continue
-            weight = layer.weight.detach()
-            if type(layer) is Conv1D:  # what gpt2 has for Linear, the other way round
-                weight = weight.T.contiguous()
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-            forwards[layer] = functools.partial(packed_linear, packed, layer.bias)
-    return replaced_forwards(forwards)
-
-
-def packed_linear(packed, bias, x):
-    """What torch.nn.functional.linear gives, from a matrix in oneDNN's own layout."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 @torch.no_grad()
@@ -622,7 +663,7 @@ def generate_group(
     """Let the policy write one response for each seed, `batch_size` at a time.
 
     A response depends on its own seed only, not on which others are written beside it,
-    so that it is the same in any batch, on one process or on several.
+    so that it is the same, but for rounding, in any batch, on one process or several.
 
     `prompt_ids` (1, P). Gives (n, max_new_tokens) int64; after a response's end, the
     end-of-text token is repeated.
@@ -644,7 +685,7 @@ def generate_group(
         logits = output.logits[:, -1].expand(rows, -1)  # (rows, V)
         if logits.isnan().any():
             sys.exit("The policy's output is not a number: the model is damaged.")
-        with packed_weights(policy, rows):
+        with packed_weights(policy, rows):  # on a CPU: the same numbers, sooner
             for t in range(max_new_tokens):
                 tokens = draw_tokens(logits, temperature, top_p, generators)
                 batch[:, t] = torch.where(ended, eos_token_id, tokens)
@@ -684,65 +725,6 @@ def score_responses(
         ).to(reward_model.device)
         rewards.append(reward_model(**inputs).logits[:, 0].float())
     return torch.cat(rewards)
-
-
-def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Most tokens that the model reads at once."""
-    limit = tokenizer.model_max_length
-    return min(limit, getattr(model.config, "max_position_embeddings", limit))
-
-
-def call_reward_function(
-    function: Callable, device: torch.device, prompt: str, responses: list[str]
-) -> torch.Tensor:
-    """Rewards (n,) float32 from REWARD_FUNCTION, which must give one for each text."""
-    try:
-        rewards = torch.tensor([float(x) for x in function(prompt, responses)])
-    except (TypeError, ValueError) as problem:
-        sys.exit(f"REWARD_FUNCTION did not give numbers ({problem}).")
-    if len(rewards) != len(responses):
-        sys.exit(
-            f"REWARD_FUNCTION gave {len(rewards)} rewards for {len(responses)} texts."
-        )
-    return rewards.to(device)
-
-
-def make_score(
-    function: Callable | None,
-    model_name: str,
-    prompts: list[str],
-    device: torch.device,
-    batch_size: int,
-) -> Score:
-    """What scores the responses: `function` if there is one, else the reward model."""
-    if function is not None:
-        return functools.partial(call_reward_function, function, device)
-    model, tokenizer = load_reward_model(model_name)
-    room = context_length(model, tokenizer) - 8  # marks between the two, some response
-    check_prompts(prompts, tokenizer, room, "REWARD_MODEL_NAME")
-    return functools.partial(
-        score_responses, model.to(device), tokenizer, batch_size=batch_size
-    )
-
-
-def load_models(
-    policy_name: str,
-    reward_name: str,
-    function: Callable | None,
-    prompts: list[str],
-    device: torch.device,
-    checkpointing: bool,
-    max_new_tokens: int,
-    batch_size: int,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Score]:
-    """The policy, its tokenizer and what scores it, for prompts that fit into both."""
-    policy, tokenizer = load_policy(policy_name, checkpointing=checkpointing)
-    room = context_length(policy, tokenizer) - max_new_tokens
-    if room < 1:
-        stop(f"MAX_NEW_TOKENS = {max_new_tokens} is more than {policy_name} reads.")
-    check_prompts(prompts, tokenizer, room, "POLICY_MODEL_NAME")
-    score = make_score(function, reward_name, prompts, device, batch_size)
-    return policy.to(device), tokenizer, score
 
 
 def draw_seeds(source: torch.Generator, count: int) -> list[int]:
@@ -839,76 +821,6 @@ def micro_batches(
     return parts
 
 
-class AddingLinear(torch.autograd.Function):
-    """x W' + b, whose backward pass adds to W's gradient instead of making a new one.
-
-    `x` (..., I), `weight` (O, I), `bias` (O,) or None, `gradient` (O, I): where to add.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, gradient):
-        rows = x.flatten(0, -2)
-        ctx.save_for_backward(rows, weight)
-        ctx.gradient, ctx.has_bias = gradient, bias is not None
-        return torch.nn.functional.linear(rows, weight, bias).unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx, from_above):
-        rows, weight = ctx.saved_tensors
-        above = from_above.flatten(0, -2)
-        ctx.gradient.addmm_(above.T, rows)
-        return from_above @ weight, None, above.sum(0) if ctx.has_bias else None, None
-
-
-def adding_linear(x, weight, bias, gradient):
-    return AddingLinear.apply(x, weight, bias, gradient)
-
-
-def adding_embedding(ids, weight, gradient, padding_idx):
-    """Rows of `weight`; the backward pass adds to the same rows of `gradient`."""
-    vectors = torch.nn.functional.embedding(ids, weight).requires_grad_()
-
-    def add_rows(from_above):
-        if padding_idx is not None:  # a padding token's row is not trained
-            from_above = from_above.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
-        gradient.index_add_(0, ids.flatten(), from_above.flatten(0, -2))
-
-    vectors.register_hook(add_rows)
-    return vectors
-
-
-def adding_gradients(policy: PreTrainedModel) -> contextlib.AbstractContextManager:
-    """Inside this, backward passes add to the gradients of `policy` in place.
-
-    PyTorch would make a second set of gradients in each pass, and then add it to the
-    first. For the largest matrix, which most models use both to read tokens and to
-    choose them, it would make two. The sums are the same; nothing else changes.
-    """
-    forwards = {}
-    for module in policy.modules():
-        if type(module) not in (torch.nn.Linear, torch.nn.Embedding, Conv1D):
-            continue
-        if not module.weight.requires_grad:
-            continue
-        if module.weight.grad is None:  # tied layers share one
-            module.weight.grad = torch.zeros_like(module.weight)
-        weight, gradient = module.weight.detach(), module.weight.grad
-        if type(module) is torch.nn.Embedding:
-            forwards[module] = functools.partial(
-                adding_embedding,
-                weight=weight,
-                gradient=gradient,
-                padding_idx=module.padding_idx,
-            )
-            continue
-        if type(module) is Conv1D:
-            weight, gradient = weight.T, gradient.T
-        forwards[module] = functools.partial(
-            adding_linear, weight=weight, bias=module.bias, gradient=gradient
-        )
-    return replaced_forwards(forwards)
-
-
 def average_gradients(accelerator: Accelerator, policy: PreTrainedModel) -> None:
     """Each gradient becomes its mean over the processes, so that all step alike."""
     if accelerator.num_processes > 1:
@@ -952,24 +864,24 @@ def part_log_probs(
     return completion_log_probs(model, ids, attention_mask, length, temperature)
 
 
-def add_up_gradients(
+def group_gradient(
     policy: PreTrainedModel,
     parts: list[dict[str, torch.Tensor]],
     temperature: float,
     clip_eps: float,
     kl_coef: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leave the gradient of the whole group's loss in the policy, part by part.
+    """Leave the gradient of this process's share of the loss in the policy, in parts.
 
     A part without `old_log_probs` gets them: the policy is still the one that wrote.
     Gives the loss and the `token_sums`.
     """
     responses = sum(len(part["mask"]) for part in parts)
     loss, sums = 0, 0
-    with adding_gradients(policy):
+    with gradients_in_place(policy):  # the same gradients, with less memory
         for part in parts:
             log_probs = part_log_probs(policy, part, temperature)
-            part.setdefault("old_log_probs", log_probs.detach())
+            part.setdefault("old_log_probs", log_probs.detach())  # 1st: pi is pi_old
             others = (
                 part["old_log_probs"],
                 part.get("ref_log_probs"),
@@ -1031,10 +943,10 @@ def grpo_step(
         with torch.no_grad():
             for part in parts:
                 part["ref_log_probs"] = part_log_probs(reference, part, temperature)
-    # Gradient checkpointing works in train() mode only; see `load_policy` on dropout.
+    # eval() for training too (see `load_policy`); only checkpointing needs train().
     policy.train(any(getattr(m, "gradient_checkpointing", 0) for m in policy.modules()))
     for _ in range(inner_steps):
-        loss, sums = add_up_gradients(policy, parts, temperature, clip_eps, kl_coef)
+        loss, sums = group_gradient(policy, parts, temperature, clip_eps, kl_coef)
         average_gradients(accelerator, policy)
         loss = accelerator.reduce(loss, "mean").item()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
@@ -1062,14 +974,134 @@ def grpo_step(
 
 
 # ------------------------------------------------------------------------------------
+# Speed and memory (skip this on first reading)
+# ------------------------------------------------------------------------------------
+
+# Nothing here belongs to GRPO. Take out the two lines `with packed_weights(...)` and
+# `with gradients_in_place(...)`: the results stay the same, but for rounding.
+
+
+@contextlib.contextmanager
+def replaced_forwards(forwards: dict[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Inside this, each of these layers computes with the function beside it."""
+    for layer, forward in forwards.items():
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in forwards:
+            del layer.forward  # the class's own is back
+
+
+def packed_weights(
+    policy: PreTrainedModel, rows: int
+) -> contextlib.AbstractContextManager:
+    """On a CPU: keep the weights in a layout that is made for few rows, while writing.
+
+    To write one token, `rows` vectors are multiplied by every matrix of the model. With
+    the matrices as they lie, that takes about twice as long as with a copy that oneDNN,
+    a library inside PyTorch, has laid out for the purpose. The copy is as large as the
+    gradients, which do not exist yet. The results are the same up to rounding.
+    """
+    forwards = {}
+    if policy.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for layer in policy.modules():
+            if type(layer) not in (torch.nn.Linear, Conv1D):
+                continue
+            weight = layer.weight.detach()
+            if type(layer) is Conv1D:  # what gpt2 has for Linear, the other way round
+                weight = weight.T.contiguous()
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            forwards[layer] = functools.partial(packed_linear, packed, layer.bias)
+    return replaced_forwards(forwards)
+
+
+def packed_linear(packed, bias, x):
+    """What torch.nn.functional.linear gives, from a matrix in oneDNN's own layout."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+class AddingLinear(torch.autograd.Function):
+    """x W' + b, whose backward pass adds to W's gradient instead of making a new one.
+
+    `x` (..., I), `weight` (O, I), `bias` (O,) or None, `gradient` (O, I): where to add.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gradient):
+        rows = x.flatten(0, -2)
+        ctx.save_for_backward(rows, weight)
+        ctx.gradient, ctx.has_bias = gradient, bias is not None
+        return torch.nn.functional.linear(rows, weight, bias).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, from_above):
+        # from_above: the gradient of the loss by this layer's output.
+        rows, weight = ctx.saved_tensors
+        above = from_above.flatten(0, -2)
+        ctx.gradient.addmm_(above.T, rows)
+        return from_above @ weight, None, above.sum(0) if ctx.has_bias else None, None
+
+
+def adding_linear(x, weight, bias, gradient):
+    return AddingLinear.apply(x, weight, bias, gradient)
+
+
+def adding_embedding(ids, weight, gradient, padding_idx):
+    """Rows of `weight`; the backward pass adds to the same rows of `gradient`."""
+    vectors = torch.nn.functional.embedding(ids, weight).requires_grad_()
+
+    def add_rows(from_above):
+        if padding_idx is not None:  # a padding token's row is not trained
+            from_above = from_above.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
+        gradient.index_add_(0, ids.flatten(), from_above.flatten(0, -2))
+
+    vectors.register_hook(add_rows)
+    return vectors
+
+
+def gradients_in_place(policy: PreTrainedModel) -> contextlib.AbstractContextManager:
+    """Inside this, backward passes add to the gradients of `policy` in place.
+
+    PyTorch would make a second set of gradients in each pass, and then add it to the
+    first. For the largest matrix, which most models use both to read tokens and to
+    choose them, it would make two. The sums are the same; nothing else changes.
+    """
+    forwards = {}
+    for module in policy.modules():
+        if type(module) not in (torch.nn.Linear, torch.nn.Embedding, Conv1D):
+            continue
+        if not module.weight.requires_grad:
+            continue
+        if module.weight.grad is None:  # tied layers share one
+            module.weight.grad = torch.zeros_like(module.weight)
+        weight, gradient = module.weight.detach(), module.weight.grad
+        if type(module) is torch.nn.Embedding:
+            forwards[module] = functools.partial(
+                adding_embedding,
+                weight=weight,
+                gradient=gradient,
+                padding_idx=module.padding_idx,
+            )
+            continue
+        if type(module) is Conv1D:
+            weight, gradient = weight.T, gradient.T
+        forwards[module] = functools.partial(
+            adding_linear, weight=weight, bias=module.bias, gradient=gradient
+        )
+    return replaced_forwards(forwards)
+
+
+# ------------------------------------------------------------------------------------
 # main
 # ------------------------------------------------------------------------------------
 
 
 LEGEND = """\
-The reward should rise. The loss is 0 at the first step from a group, but for the KL,
-and not progress. Entropy (nats a token) near 0: one answer is left; 'cut off' is the
-share of responses that MAX_NEW_TOKENS cut short; 'std' is the spread of the rewards."""
+The reward should rise; 'std' is its spread. The loss says nothing about progress: at
+the first step from a group it is 0, but for the KL. KL: distance from the first policy.
+Entropy (nats a token) near 0: one answer is left. Clipped: tokens past CLIP_EPS. Cut
+off: responses as long as MAX_NEW_TOKENS. Gradient: its length before MAX_GRAD_NORM."""
 
 
 def print_step(
@@ -1238,7 +1270,8 @@ def main() -> None:
         names = save_run(policy, tokenizer, history, SAVE_DIR, CURVE_PATH)
         say(f"Written: {names}. Let it write, in Python:")
         say("  from transformers import pipeline")
-        say(f'  pipeline("text-generation", "{SAVE_DIR}")({PROMPTS[0]!r})')
+        folder = Path(__file__).parent / SAVE_DIR
+        say(f'  pipeline("text-generation", "{folder}")({PROMPTS[0]!r})')
 
 
 if __name__ == "__main__":

@@ -676,11 +676,11 @@ def save_run(
 def print_header() -> None:
     """Say what runs, for how long, and how to read the table that follows."""
     print(f"PPO on {ENV_ID}, seed {SEED}, on the CPU (a GPU is slower here).")
-    print(f"{TOTAL_STEPS:,} steps; a million take about a minute. In the table,")
-    print(f"'return', a mean of 100 episodes, should rise past {SOLVED_SCORE:g}, and")
-    print("'explained', how much of the returns the critic foresees, towards 1. KL: how")
-    print("far an update moved the policy, in nats; 'clipped': how many actions left the")
-    print("range. The losses show no progress: each update has new data.\n")
+    print(f"{TOTAL_STEPS:,} steps; a million take about a minute. 'return', a mean of")
+    print(f"100 episodes, should rise past {SOLVED_SCORE:g}, and 'explained', how much")
+    print("the critic foresees of the returns, towards 1. KL: how far an update moved")
+    print("the policy, in nats; 'clipped': how many actions left the range. The losses")
+    print("show no progress: each update has new data.\n")
     print(
         "return  length      steps  steps/s      KL  clipped  entropy  explained"
         "   policy, value loss"

@@ -570,7 +570,7 @@ def test_gradients_added_in_place_are_those_of_autograd(family):
         return found
 
     expected = gradients()
-    with lesson.adding_gradients(policy):
+    with lesson.gradients_in_place(policy):
         actual = gradients()
     assert not any("forward" in vars(module) for module in policy.modules())
     for name, gradient in expected.items():
@@ -883,6 +883,8 @@ def test_wandb_gets_every_step(in_folder, monkeypatch, capsys):
         ("SEED", 500_000),
         ("SCALE_BY_STD", "yes"),
         ("PROMPTS", []),
+        ("SAVE_DIR", 5),
+        ("CURVE_PATH", None),
         ("PROMPTS", "a text"),
         ("PROMPTS", [" "]),
         ("POLICY_MODEL_NAME", ""),
