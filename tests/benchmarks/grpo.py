@@ -143,7 +143,7 @@ def trl_trainer(name, batch, steps, callbacks=(), **options):
     policy = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(name)
     config = GRPOConfig(
-        output_dir="/tmp/grpo_benchmark",
+        output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=SAMPLES // batch,
         num_generations=SAMPLES,

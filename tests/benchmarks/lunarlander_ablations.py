@@ -2,7 +2,7 @@
 
     taskset -c 0 python tests/benchmarks/lunarlander_ablations.py
 
-The runs are shortened to 300,000 steps, learning rate and all, and so is the run that
+The runs are shortened to 400,000 steps, learning rate and all, and so is the run that
 they are compared with. Prints a line for each run and writes, after each variation,
 results/lunarlander_ablations.json beside this file. Name some variations to repeat only
 those. Needs the packages of tests/benchmarks/requirements.txt, as lunarlander.py does.
@@ -18,7 +18,7 @@ from lunarlander import lesson, machine, train, versions
 from torch import nn
 
 SEEDS = range(2)
-STEPS = 300_000
+STEPS = 400_000
 RESULTS = Path(__file__).parent / "results" / "lunarlander_ablations.json"
 
 whole_gae = lesson.gae
