@@ -660,6 +660,24 @@ def test_a_ctrl_c_that_is_lost_inside_box2d_still_stops_the_run(
     assert f"Stopped after {steps:,} steps" in capsys.readouterr().out
 
 
+def test_a_ctrl_c_that_is_lost_in_the_last_evaluation_leaves_the_good_weights(
+    in_folder, monkeypatch, capsys
+):
+    def evaluate_and_lose_ctrl_c(*arguments):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return 300.0
+
+    monkeypatch.setattr(lesson, "TOTAL_STEPS", 10_000)
+    monkeypatch.setattr(lesson, "print_held_out_scores", evaluate_and_lose_ctrl_c)
+    before = signal.getsignal(signal.SIGINT)
+    lesson.main()
+    signal.signal(signal.SIGINT, before)
+    assert "Stopped after 8,192 steps" in capsys.readouterr().out
+    names = sorted(path.name for path in in_folder.iterdir())
+    assert names == ["c_interrupted.png", "w_interrupted.pt"]
+
+
 def test_without_box2d_one_line_names_the_command_that_installs_it(tmp_path):
     (tmp_path / "Box2D.py").write_text("raise ImportError('not installed')")
     done = run_copy(tmp_path)
