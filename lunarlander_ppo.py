@@ -38,8 +38,8 @@ Where this differs from the papers, and why
     Schulman et al. 2017 (PPO, arXiv 1707.06347) and 2015 (GAE, arXiv 1506.02438):
     * Actor and critic share no layers, as in PPO's own experiments on robots (section
       6.1; for Atari games they share), so that neither loss moves the other's weights.
-    * ReLU where theirs is tanh: with tanh, seeds 2 and 3 end at 264.9 and 276.8 instead
-      of 278.8 and 279.1.
+    * ReLU where theirs is tanh: with nn.Tanh() in its place, seeds 2 and 3 end at 264.9
+      and 276.8 instead of 278.8 and 279.1.
     * Rewards are divided by 100, advantages normalised, gradients clipped, the weights
       start orthogonal. Runs cut to 400,000 steps score 260 on average with all that,
       194 without the first and 244 without the second (lunarlander_ablations.py in
