@@ -1217,11 +1217,14 @@ def main() -> None:
     names, tiny = (POLICY_MODEL_NAME, REWARD_MODEL_NAME), TINY_MODELS / "policy"
     options = REWARD_FUNCTION, PROMPTS, device, GRADIENT_CHECKPOINTING
     options = *options, MAX_NEW_TOKENS, SAMPLE_BATCH_SIZE
+    missing = None
     try:
         policy, tokenizer, score = load_models(*names, *options)
-    except HubOutOfReach:
+    except HubOutOfReach as problem:
+        missing = problem
+    if any(gather_object([missing is not None])):  # in one process: then in all
         if not FALL_BACK_TO_TINY or not tiny.is_dir():
-            raise
+            raise missing or HubOutOfReach("Another process cannot get a model.")
         say("The hub is out of reach and a model missing: on with those in grpo_tiny/.")
         names = str(tiny), str(TINY_MODELS / "reward")
         policy, tokenizer, score = load_models(*names, *options)
@@ -1259,16 +1262,16 @@ def main() -> None:
         bar.close()
         if chief:
             files = SAVE_DIR, CURVE_PATH, "_interrupted"
-            names = save_run(policy, tokenizer, history, *files)
-            say(f"\nStopped after {len(history)} steps. This run is kept in {names}.")
+            written = save_run(policy, tokenizer, history, *files)
+            say(f"\nStopped after {len(history)} steps. This run is kept in {written}.")
         return
     bar.close()
 
     # 6. The gain, on responses that played no part in training, and the model.
     if chief:
         print_gain(before, after, EVAL_SAMPLES)
-        names = save_run(policy, tokenizer, history, SAVE_DIR, CURVE_PATH)
-        say(f"Written: {names}. Let it write, in Python:")
+        written = save_run(policy, tokenizer, history, SAVE_DIR, CURVE_PATH)
+        say(f"Written: {written}. Let it write, in Python:")
         say("  from transformers import pipeline")
         folder = Path(__file__).parent / SAVE_DIR
         say(f'  pipeline("text-generation", "{folder}")({PROMPTS[0]!r})')
