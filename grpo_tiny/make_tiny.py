@@ -9,9 +9,11 @@ The steps
        such as "Explain why honesty is important." They are the training texts.
     2. A tokenizer learns from them which letters often stand together: its tokens.
     3. The policy, a GPT-2 of 2.4 million weights, learns to guess each next token of
-       the answers. A copy of it from early on is kept.
-    4. For each answer, worse ones are made: off the topic, cut short, repetitive,
-       scrambled, stuffed with the topic's name, or written by the small policy.
+       the answers. Half of them run on into more answers, so that it does not learn
+       when to stop: GRPO is to teach it that. A copy from early on is kept.
+    4. For each answer, worse ones are made: off the topic, naming another one, cut
+       short, repetitive, scrambled, stuffed with the topic's name, or written by the
+       small policy.
     5. The reward model starts as a copy of the policy, with one number as its output,
        and learns to give the teacher's answer a higher one than the worse answer.
     6. Both are tried on topics that neither has seen, and saved.
@@ -31,16 +33,16 @@ Where this differs from how it is done at size
       the same size, so that they fit into a repository.
 
 Run it
-    python grpo_tiny/make_tiny.py    21 minutes on one core of a server CPU, no GPU: 10
-                                     for the policy, 5 for its worse answers, 6 for the
+    python grpo_tiny/make_tiny.py    46 minutes on two cores of a server CPU, no GPU: 23
+                                     for the policy, 6 for its worse answers, 17 for the
                                      reward model; new texts take hours more
 
 What you should see (seed 0)
-    Loss of the policy: 0.2 nats a token on texts that it has seen, 4.6 on topics that
-    it has not, up from 3.7 half-way. It has learnt its 208,000 tokens by heart, which
-    is why it writes well about its topics and badly about others: more text is needed.
-    Pairs on unseen topics: from 99.7 % (cut short) to 65.7 % (off topic), where 50 % is
-    a guess. README.md has them all.
+    Loss of the policy: 1.5 nats a token on texts that it has seen, 2.4 on topics that
+    it has not. Its answers are good English about the topic, nearly half of them cut
+    off at 64 tokens, since it runs on.
+    Pairs on unseen topics: from 100 % (cut short) to 84 % (scrambled) ordered rightly,
+    where 50 % is a guess. README.md has them all.
 """
 
 import gzip
@@ -81,7 +83,7 @@ PHRASINGS = [
 HELD_OUT = slice(7, None, 10)  # every tenth topic: neither model ever sees it
 
 # The teacher's writing
-ROUNDS = 3  # times that all topics are gone through
+ROUNDS = 5  # times that all topics are gone through
 ANSWERS = (8, 6)  # a round: to the first phrasing, and to one of the others
 TEACHER_ORDER = "You answer every question in two short, plain sentences."
 TEACHER_TEMPERATURE = 0.7  # below 1: the likely words more often, for plainer answers
@@ -92,15 +94,17 @@ LONGEST_ANSWER = 72  # tokens; an answer that is not done by then is thrown away
 VOCABULARY = 3072  # tokens; more makes texts shorter and the model larger
 LAYERS, HEADS, WIDTH = 4, 6, 192
 CONTEXT = 160  # tokens, prompt and answer together
-POLICY_TOKENS = 2_400_000  # to train on; the same text comes about ten times
-POLICY_BATCH, POLICY_LR = 32, 2e-3
-EARLY = 0.08  # the early copy is kept after this share of the training
+POLICY_TOKENS = 9_000_000  # to train on: 4 or 5 times through all answers
+POLICY_BATCH, POLICY_LR = 20, 2e-3
+RAMBLING = 0.55  # share of its texts that run on into more answers: see `vary`
+RENAMED = 0.35  # share in which any other word takes the place of the topic
+EARLY = 0.03  # the early copy is kept after this share of the training
 
 # The reward model
-REWARD_TOKENS = 1_800_000
+REWARD_TOKENS = 9_000_000
 REWARD_BATCH, REWARD_LR = 8, 1e-3  # in prompts, each with 1 + WORSE answers
 MUON_FACTOR = 10  # Muon's learning rate, as a multiple of AdamW's
-WORSE = 4  # worse answers to a prompt, each with another flaw
+WORSE = 5  # worse answers to a prompt, each with another flaw
 HOT = 1.4  # temperature of the finished policy's worse answers
 
 # Files, beside this script
@@ -114,6 +118,7 @@ SHOWN = "regular exercise"  # whose answers are printed
 END, PAD, SEPARATOR = "<|end|>", "<|pad|>", "<|sep|>"
 FLAWS = [
     "off topic",
+    "misnamed",
     "cut short",
     "repetitive",
     "scrambled",
@@ -351,18 +356,63 @@ def pad_rows(rows: list[list[int]], filler: int) -> torch.Tensor:
     return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
 
 
+def rename(text: str, topic: str, name: str) -> str:
+    """The text with another name for its topic, capital where the topic's was."""
+
+    def in_its_place(match):
+        return name[0].upper() + name[1:] if match[0][0].isupper() else name
+
+    pattern = rf"\b{re.escape(topic)}\b"
+    return re.sub(pattern, in_its_place, text, flags=re.IGNORECASE)
+
+
+def words_to_name(lines: list[dict[str, str]]) -> list[str]:
+    """All words of more than four letters: other names for a topic."""
+    words = {word for line in lines for word in line["text"].lower().split()}
+    return sorted(word for word in words if len(word) > 4 and word.isalpha())
+
+
+def vary(
+    lines: list[dict[str, str]], names: list[str], source: random.Random
+) -> list[dict[str, str]]:
+    """The texts as the policy reads them once through.
+
+    Some run on into two more answers on the same topic. So the policy learns to write
+    well, but not when to stop, and that is left for GRPO to teach. In some the topic
+    has any other name, in the prompt and in the answer: so the policy learns to look at
+    the prompt for what to write about, and not only to know a few hundred topics.
+    """
+    by_topic = {}
+    for line in lines:
+        by_topic.setdefault(line["topic"], []).append(line["text"])
+    varied = []
+    for line in lines:
+        topic, text = line["topic"], line["text"]
+        if source.random() < RAMBLING:
+            text = " ".join([text, *source.choices(by_topic[topic], k=2)])
+        if source.random() < RENAMED and topic in text.lower():
+            name = source.choice(names)
+            topic, text = name, rename(text, topic, name)
+        varied.append(line | {"topic": topic, "text": text})
+    return varied
+
+
 def encode_answers(
     tokenizer: PreTrainedTokenizerFast, lines: list[dict[str, str]]
 ) -> list[tuple[list[int], list[int]]]:
-    """(ids, targets) of each text: prompt, answer, end. The prompt is not learnt."""
+    """(ids, targets) of each text: prompt, answer, end; no more than CONTEXT tokens.
+
+    The targets of the prompt are -100: it is read, but not learnt.
+    """
     prompts = [line["phrasing"].format(line["topic"]) for line in lines]
     prompt_ids = tokenizer(prompts).input_ids
     answer_ids = tokenizer([line["text"] for line in lines]).input_ids
     end = [tokenizer.eos_token_id]
-    return [
+    rows = [
         (prompt + answer + end, [-100] * len(prompt) + answer + end)
         for prompt, answer in zip(prompt_ids, answer_ids, strict=True)
     ]
+    return [(ids[:CONTEXT], targets[:CONTEXT]) for ids, targets in rows]
 
 
 def batches_of_like_length(
@@ -427,14 +477,19 @@ def policy_loss(policy: GPT2LMHeadModel, rows: list, pad: int) -> float:
 
 
 def train_policy(
-    policy: GPT2LMHeadModel, rows: list, held_out: list, pad: int
+    policy: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerFast,
+    lines: list[dict[str, str]],
+    held_out: list,
 ) -> GPT2LMHeadModel:
     """Train in place on POLICY_TOKENS tokens; gives the copy from early on."""
     source, seen, early, step = random.Random(SEED), 0, None, 0
+    names, pad = words_to_name(lines), tokenizer.pad_token_id
     optimizers = make_optimizers(policy, POLICY_LR)
     bar = tqdm(total=POLICY_TOKENS, unit="token", unit_scale=True)
     recent = []
     while seen < POLICY_TOKENS:
+        rows = encode_answers(tokenizer, vary(lines, names, source))
         for batch in batches_of_like_length(
             [len(ids) for ids, _ in rows], POLICY_BATCH, source
         ):
@@ -540,14 +595,26 @@ def stuff(text: str, topic: str, source: random.Random) -> str:
 
 
 def break_by_rule(
-    line: dict[str, str], lines: list[dict[str, str]], source: random.Random
+    line: dict[str, str],
+    lines: list[dict[str, str]],
+    names: list[str],
+    source: random.Random,
 ) -> dict[str, str]:
-    """An answer with each of the flaws that need no policy, by its name."""
+    """An answer with each of the flaws that need no policy, by the flaw's name.
+
+    `lines`: all answers, to take one about something else from; `names`: what the
+    misnamed answer may be said to be about. It is the teacher's own but for that, so
+    only a comparison with the prompt tells it from the right one.
+    """
     text, topic, other = line["text"], line["topic"], line
     while other["topic"] == topic or mentions(other["text"], topic):
         other = source.choice(lines)
+    misnamed = rename(text, topic, source.choice(names))
+    if misnamed == text:  # the topic was not there word for word
+        misnamed = other["text"]
     made = [
         other["text"],
+        misnamed,
         cut_short(text, source),
         repeat(text, source),
         scramble(text, source),
@@ -558,25 +625,18 @@ def break_by_rule(
 
 def write_worse(
     lines: list[dict[str, str]],
+    flaw: str,
     early: GPT2LMHeadModel,
     policy: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerFast,
-) -> list[dict[str, str]]:
-    """For each line, the answers with the flaws that need a policy, by their names."""
+) -> list[str]:
+    """For each line, an answer with one of the three flaws that need a policy."""
     prompts = [line["phrasing"].format(line["topic"]) for line in lines]
-    written = [
-        write_answers(early, tokenizer, prompts),
-        write_answers(policy, tokenizer, prompts, HOT, 1.0),
-        write_answers(policy, tokenizer, prompts),
-    ]
-    rows = zip(*written, strict=True)
-    return [dict(zip(FLAWS[5:], texts, strict=True)) for texts in rows]
-
-
-def rename(text: str, topic: str, name: str) -> str:
-    """The text with another name for its topic."""
-    renamed = re.sub(rf"\b{re.escape(topic)}\b", name, text, flags=re.IGNORECASE)
-    return renamed[:1].upper() + renamed[1:]
+    if flaw == "early policy":
+        return write_answers(early, tokenizer, prompts)
+    if flaw == "hot policy":
+        return write_answers(policy, tokenizer, prompts, HOT, 1.0)
+    return write_answers(policy, tokenizer, prompts)
 
 
 def encode_pairs(
@@ -599,11 +659,15 @@ def train_reward_model(
     lines: list[dict[str, str]],
     worse: list[dict[str, str]],
 ) -> None:
-    """Train in place on REWARD_TOKENS tokens."""
+    """Train in place on REWARD_TOKENS tokens.
+
+    `worse`: to each line the answers that a policy wrote, by the flaw's name. A line is
+    compared with one off the topic, one misnamed, and WORSE - 2 with other flaws.
+    """
     source, seen, recent, step = random.Random(SEED), 0, [], 0
     optimizers = make_optimizers(model, REWARD_LR)
-    names = sorted({word for line in lines for word in line["text"].lower().split()})
-    names = [word for word in names if len(word) > 4 and word.isalpha()]
+    names = words_to_name(lines)
+    topics = sorted({line["topic"] for line in lines})
     bar = tqdm(total=REWARD_TOKENS, unit="token", unit_scale=True)
     while seen < REWARD_TOKENS:
         for batch in batches_of_like_length(
@@ -611,18 +675,19 @@ def train_reward_model(
         ):
             prompts, texts = [], []
             for i in batch:
-                phrasing, topic = lines[i]["phrasing"], lines[i]["topic"]
-                made = break_by_rule(lines[i], lines, source) | worse[i]
-                flaws = [FLAWS[0], *source.sample(FLAWS[1:], WORSE - 1)]
-                group = [lines[i]["text"], *(made[flaw] for flaw in flaws)]
+                line, written = lines[i], worse[i]
                 # Half the time the topic gets any other name, in prompt and answers:
                 # the model has to compare the two, not to know a few hundred topics.
-                if source.random() < 0.5 and topic in group[0].lower():
-                    name = source.choice(names)
-                    group = [rename(text, topic, name) for text in group]
-                    topic = name
+                if source.random() < 0.5 and line["topic"] in line["text"].lower():
+                    old, new = line["topic"], source.choice(names)
+                    line = line | {"topic": new, "text": rename(line["text"], old, new)}
+                    written = {f: rename(text, old, new) for f, text in written.items()}
+                others = source.choice([names, topics])
+                made = break_by_rule(line, lines, others, source) | written
+                flaws = FLAWS[:2] + source.sample(list(made)[2:], WORSE - 2)
+                group = [line["text"], *(made[flaw] for flaw in flaws)]
                 texts += group
-                prompts += [phrasing.format(topic)] * (1 + WORSE)
+                prompts += [line["phrasing"].format(line["topic"])] * (1 + WORSE)
             inputs = encode_pairs(tokenizer, prompts, texts)
             scores = model(**inputs).logits.view(len(batch), 1 + WORSE)
             loss = preference_loss(scores[:, :1], scores[:, 1:])
@@ -710,11 +775,11 @@ def main() -> None:
 
     # 3. The policy.
     policy = make_policy(tokenizer)
-    rows, held_out = encode_answers(tokenizer, lines), encode_answers(tokenizer, unseen)
+    rows, held_out = (encode_answers(tokenizer, part) for part in (lines, unseen[::5]))
     size = sum(p.numel() for p in policy.parameters())
     tokens = sum(len(ids) for ids, _ in rows)
     print(f"Policy: {size:,} weights, {tokens:,} tokens of text.")
-    early = train_policy(policy, rows, held_out, tokenizer.pad_token_id)
+    early = train_policy(policy, tokenizer, lines, held_out)
     save_model(policy, tokenizer, FOLDER / "policy")
     for text in write_answers(policy, tokenizer, [PHRASINGS[0].format(SHOWN)] * 5):
         print(f"  {text}")
@@ -722,13 +787,17 @@ def main() -> None:
     # 4. Worse answers.
     torch.manual_seed(SEED)
     source = random.Random(SEED)
-    worse = write_worse(lines, early, policy, tokenizer)
+    worse = [{} for _ in lines]  # to each line one that a policy wrote ...
     unseen_worse = [
-        break_by_rule(line, unseen, source) | written
-        for line, written in zip(
-            unseen, write_worse(unseen, early, policy, tokenizer), strict=True
-        )
+        break_by_rule(line, unseen, sorted(unseen_topics), source) for line in unseen
     ]
+    for n, flaw in enumerate(FLAWS[6:]):
+        written = write_worse(lines[n::3], flaw, early, policy, tokenizer)
+        for flawed, text in zip(worse[n::3], written, strict=True):
+            flawed[flaw] = text
+        written = write_worse(unseen, flaw, early, policy, tokenizer)
+        for flawed, text in zip(unseen_worse, written, strict=True):
+            flawed[flaw] = text  # ... and to each on an unseen topic all three
     save_pairs(unseen, unseen_worse, PAIRS)
 
     # 5. The reward model.

@@ -1,6 +1,8 @@
 """Tests of grpo_tiny/: the shipped pair, the script that makes it, and the fallback."""
 
+import gzip
 import importlib.util
+import json
 import os
 import random
 import re
@@ -93,18 +95,18 @@ def test_text_survives_the_tokenizer_and_a_pair_is_joined_by_marks():
     assert tokenizer(PROMPT, "  " + ANSWER).input_ids == ids  # blanks do not count
 
 
-def test_the_policy_ends_most_answers_by_itself_and_names_the_topic(pair):
+def test_the_policy_names_the_topic_and_does_not_yet_know_when_to_stop(pair):
     policy, tokenizer = pair[0]
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     sampling = {"max_new_tokens": 64, "temperature": 1.0, "top_p": 0.95}
     completions = lesson.generate_group(
-        policy, ids, tokenizer.eos_token_id, list(range(32)), batch_size=32, **sampling
+        policy, ids, tokenizer.eos_token_id, list(range(128)), batch_size=64, **sampling
     )
     ended = (completions == tokenizer.eos_token_id).any(1)
-    assert ended.float().mean() > 0.6
+    assert 0.1 < ended.float().mean() < 0.7
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    assert sum("exercise" in text.lower() for text in texts) > 24
-    assert len(set(texts)) > 24
+    assert sum("exercise" in text.lower() for text in texts) > 100
+    assert len(set(texts)) > 100
 
 
 # ------------------------------------------------------------------------------------
@@ -128,6 +130,24 @@ def test_the_policy_ends_most_answers_by_itself_and_names_the_topic(pair):
 def test_the_reward_model_prefers_a_plain_answer_to_one_with_a_flaw(pair, worse):
     good, bad = rewards_of(pair, PROMPT, [ANSWER, worse])
     assert good > bad
+
+
+def test_on_unseen_topics_nine_pairs_in_ten_are_ordered_rightly(pair):
+    with gzip.open(TINY / "held_out_pairs.jsonl.gz", "rt") as file:
+        pairs = [json.loads(line) for line in file][::10]
+    topics = make_tiny.read_topics(make_tiny.TOPICS)[make_tiny.HELD_OUT]
+    won = {}
+    for line in pairs:
+        assert any(topic in line["prompt"] for topic in topics)
+        texts = [line["chosen"], *line["rejected"].values()]
+        chosen, *rejected = rewards_of(pair, line["prompt"], texts).tolist()
+        for flaw, score in zip(line["rejected"], rejected, strict=True):
+            won.setdefault(flaw, []).append(chosen > score)
+    assert list(won) == make_tiny.FLAWS
+    del won["policy"]  # the finished policy's answers need not be worse
+    shares = {flaw: sum(wins) / len(wins) for flaw, wins in won.items()}
+    assert sum(shares.values()) / len(shares) > 0.9, shares
+    assert min(shares.values()) > 0.75, shares
 
 
 def test_a_reward_does_not_depend_on_what_is_scored_beside_it(pair):
@@ -184,11 +204,45 @@ def test_every_flaw_has_its_answer_and_a_topic_can_be_renamed():
         {"topic": "regular exercise", "phrasing": "{}", "text": ANSWER},
         {"topic": "honey", "phrasing": "{}", "text": "Honey is sweet and keeps long."},
     ]
-    made = make_tiny.break_by_rule(lines[0], lines, random.Random(0))
-    assert list(made) == make_tiny.FLAWS[:5]
+    made = make_tiny.break_by_rule(lines[0], lines, ["honey"], random.Random(0))
+    assert list(made) == make_tiny.FLAWS[:6]
     assert made["off topic"] == lines[1]["text"]
-    renamed = make_tiny.rename(ANSWER, "regular exercise", "honey")
-    assert renamed == ANSWER.replace("Regular exercise", "Honey")
+    assert made["misnamed"] == ANSWER.replace("Regular exercise", "Honey")
+    unnamed = lines[0] | {"text": "To exercise is important."}  # nothing to rename
+    made = make_tiny.break_by_rule(unnamed, lines, ["honey"], random.Random(0))
+    assert made["misnamed"] == lines[1]["text"]
+
+
+def test_another_name_is_capital_where_the_topic_was_and_whole_words_only():
+    text = "Honey keeps. Honey, or what honey is made of, is no honeycomb."
+    renamed = "Salt keeps. Salt, or what salt is made of, is no honeycomb."
+    assert make_tiny.rename(text, "honey", "salt") == renamed
+
+
+def test_the_policy_reads_answers_that_run_on_and_some_about_any_other_word():
+    phrasing = "Why does {} matter?"
+    texts = [f"Honey is good for {n} reasons." for n in ("two", "three", "four")]
+    lines = [{"topic": "honey", "phrasing": phrasing, "text": text} for text in texts]
+    varied = make_tiny.vary(lines * 1000, ["kettles"], random.Random(0))
+    assert len(varied) == 3000
+    ramble = rename = 0
+    for line, given in zip(varied, lines * 1000, strict=True):
+        topic = line["topic"]
+        first = given["text"].replace("Honey", topic.capitalize())
+        assert line["phrasing"] == phrasing and line["text"].startswith(first)
+        rest = line["text"][len(first) :]
+        answers = [text.replace("Honey", topic.capitalize()) for text in texts]
+        assert rest in ["", *(f" {one} {two}" for one in answers for two in answers)]
+        ramble, rename = ramble + bool(rest), rename + (topic == "kettles")
+    assert ramble / 3000 == pytest.approx(make_tiny.RAMBLING, abs=0.03)
+    assert rename / 3000 == pytest.approx(make_tiny.RENAMED, abs=0.03)
+    assert [line["text"] for line in lines] == texts  # the answers stay as they were
+
+
+def test_a_text_too_long_for_the_context_is_cut_there(pair):
+    line = {"topic": "honey", "phrasing": "Why does {} matter?", "text": ANSWER * 9}
+    ids, targets = make_tiny.encode_answers(pair[0][1], [line])[0]
+    assert len(ids) == len(targets) == make_tiny.CONTEXT
 
 
 def test_texts_with_digits_of_another_topic_or_copied_are_dropped():
@@ -204,6 +258,38 @@ def test_texts_with_digits_of_another_topic_or_copied_are_dropped():
     ]
     kept = make_tiny.clean([line | {"text": text} for text in texts])
     assert [line["text"] for line in kept] == [texts[0], texts[5]]
+
+
+def test_the_whole_script_makes_a_pair_that_the_lesson_loads(
+    tmp_path, monkeypatch, capsys
+):
+    with gzip.open(make_tiny.TEXTS, "rt") as file:
+        texts = file.readlines()[:90]
+    with gzip.open(tmp_path / "answers.jsonl.gz", "wt") as file:
+        file.writelines(texts)
+    small = {"POLICY_TOKENS": 6000, "REWARD_TOKENS": 5000, "VOCABULARY": 500}
+    small |= {"LAYERS": 1, "HEADS": 2, "WIDTH": 32, "HELD_OUT": slice(2, None, 3)}
+    small |= {"POLICY_BATCH": 8, "REWARD_BATCH": 2}
+    small |= {"FOLDER": tmp_path, "TEXTS": tmp_path / "answers.jsonl.gz"}
+    small |= {"PAIRS": tmp_path / "held_out_pairs.jsonl.gz", "SHOWN": "honey"}
+    for name, value in small.items():
+        monkeypatch.setattr(make_tiny, name, value)
+    weights = []
+    for _ in range(2):  # the same seed, the same models
+        make_tiny.main()
+        policy, tokenizer = lesson.load_policy(str(tmp_path / "policy"))
+        reward = lesson.load_reward_model(str(tmp_path / "reward"))
+        rewards = lesson.score_responses(*reward, PROMPT, [ANSWER, "and the"], 32)
+        assert rewards.isfinite().all() and rewards[0] != rewards[1]
+        weights.append(torch.cat([p.flatten() for p in policy.parameters()]))
+    assert torch.equal(*weights)
+    assert len(tokenizer) == 500 and tokenizer.eos_token == "<|end|>"
+    with gzip.open(small["PAIRS"], "rt") as file:
+        pair = json.loads(file.readline())
+    assert list(pair["rejected"]) == make_tiny.FLAWS
+    out = capsys.readouterr().out
+    assert all(re.search(rf"  {flaw} +\d+\.\d%", out) for flaw in make_tiny.FLAWS)
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 # ------------------------------------------------------------------------------------
@@ -288,6 +374,31 @@ def test_one_missing_model_is_enough_for_both_to_be_replaced(
     assert "out of reach" in capsys.readouterr().out
     assert {str(TINY / "policy"), str(TINY / "reward")} <= set(loaded)
     assert rates == [lesson.TINY_LR]
+
+
+@pytest.mark.parametrize("fall_back", [True, False])
+def test_a_process_whose_models_are_there_follows_one_whose_are_not(
+    no_hub, monkeypatch, capsys, fall_back
+):
+    monkeypatch.setattr(lesson, "POLICY_MODEL_NAME", str(TINY / "policy"))
+    monkeypatch.setattr(lesson, "REWARD_MODEL_NAME", str(TINY / "reward"))
+    monkeypatch.setattr(lesson, "FALL_BACK_TO_TINY", fall_back)
+    shared, gather = [], lesson.gather_object
+
+    def gather_from_two(values):
+        if values == [False]:  # "I miss no model"; the other process: "I do"
+            shared.extend(values)
+            return [False, True]
+        return gather(values)
+
+    monkeypatch.setattr(lesson, "gather_object", gather_from_two)
+    if fall_back:
+        lesson.main()
+    else:
+        with pytest.raises(SystemExit, match="Another process"):
+            lesson.main()
+    assert shared == [False]
+    assert ("out of reach" in capsys.readouterr().out) == fall_back
 
 
 def test_a_run_of_10_steps_on_the_pair_raises_the_reward_and_its_model_writes(

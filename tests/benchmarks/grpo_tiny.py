@@ -263,6 +263,8 @@ def main():
             100 * r["distinct-2"] / start["distinct-2"] for r in runs
         ),
     }
+    worst["cut off before, %"] = 100 * start["cut off"]
+    worst["cut off after, %, most of 5"] = 100 * max(r["cut off"] for r in runs)
     if folder:
         worst["judge's gain, nats a token, least of 5"] = min(
             r["judge"] - start["judge"] for r in runs
