@@ -9,19 +9,20 @@ The steps
        such as "Explain why honesty is important." They are the training texts.
     2. A tokenizer learns from them which letters often stand together: its tokens.
     3. The policy, a GPT-2 of 2.4 million weights, learns to guess each next token of
-       the answers. Half of them run on into more answers, so that it does not learn
-       when to stop: GRPO is to teach it that. A copy from early on is kept.
-    4. For each answer, worse ones are made: off the topic, naming another one, cut
-       short, repetitive, scrambled, stuffed with the topic's name, or written by the
-       small policy.
+       the answers. Most of them run on into an answer about something else, so that
+       it does not learn to stop: GRPO is to teach it that. An early copy is kept.
+    4. For each answer, worse ones are made: off the topic, naming another one,
+       scrambled, cut short, repetitive, stuffed with the topic's name, running on, or
+       written by the small policy.
     5. The reward model starts as a copy of the policy, with one number as its output,
        and learns to give the teacher's answer a higher one than the worse answer.
     6. Both are tried on topics that neither has seen, and saved.
 
-Symbols (B texts, L tokens in the longest, V tokens in the vocabulary, K worse answers)
+Symbols (B prompts, L tokens in the longest text, V tokens in the vocabulary, and K =
+WORSE worse answers to a prompt)
     ids       (B, L)     prompt, answer and end-of-text token, filled up with padding
     targets   (B, L)     the same, with -100 wherever nothing is to be learnt
-    logits    (B, L, V)  what the policy expects next, as a score for every token
+    logits    (B, L, V)  the policy's score for every token as the next one
     chosen    (B, 1)     the reward model's score of the teacher's answer
     rejected  (B, K)     ... and of the worse answers to the same prompt
 
@@ -29,19 +30,18 @@ Where this differs from how it is done at size
     * The policy never sees text of any other kind, so it can do nothing else.
     * Nobody was asked what they prefer: every pair is made by a rule. Such preferences
       are called synthetic, and the reward model is as good as the rules.
-    * A reward model usually starts from a larger model than the policy; here both have
-      the same size, so that they fit into a repository.
+    * Both models usually have billions of weights, not 2.4 million.
 
 Run it
-    python grpo_tiny/make_tiny.py    46 minutes on two cores of a server CPU, no GPU: 23
-                                     for the policy, 6 for its worse answers, 17 for the
+    python grpo_tiny/make_tiny.py    51 minutes on two cores of a server CPU, no GPU: 25
+                                     for the policy, 5 for its worse answers, 21 for the
                                      reward model; new texts take hours more
 
 What you should see (seed 0)
-    Loss of the policy: 1.5 nats a token on texts that it has seen, 2.4 on topics that
-    it has not. Its answers are good English about the topic, nearly half of them cut
-    off at 64 tokens, since it runs on.
-    Pairs on unseen topics: from 100 % (cut short) to 84 % (scrambled) ordered rightly,
+    Loss of the policy on topics that it has not seen: from 4.3 nats a token down to
+    2.6. Its first two sentences are mostly good English about the topic; then two
+    responses in three are cut off at 64 tokens, in an answer about something else.
+    Pairs on unseen topics: from 99.9 % (cut short) to 85 % (scrambled) ordered rightly,
     where 50 % is a guess. README.md has them all.
 """
 
@@ -73,14 +73,14 @@ from transformers import (
 
 # What to run
 SEED = 0
-TEACHER = "SmolLM2-135M-Instruct"  # a folder; only needed if there are no texts yet
+TEACHER = "SmolLM2-135M-Instruct"  # a folder where you call this; to write new texts
 PHRASINGS = [
     "Explain why {} is important.",
     "Why does {} matter?",
     "Tell me why {} is important.",
     "What makes {} important?",
 ]
-HELD_OUT = slice(7, None, 10)  # every tenth topic: neither model ever sees it
+HELD_OUT = slice(7, None, 10)  # every tenth topic: nothing on it is trained on
 
 # The teacher's writing
 ROUNDS = 5  # times that all topics are gone through
@@ -92,17 +92,19 @@ LONGEST_ANSWER = 72  # tokens; an answer that is not done by then is thrown away
 
 # The policy
 VOCABULARY = 3072  # tokens; more makes texts shorter and the model larger
-LAYERS, HEADS, WIDTH = 4, 6, 192
+LAYERS, HEADS, WIDTH = 4, 6, 192  # width: numbers for each token, between the layers
 CONTEXT = 160  # tokens, prompt and answer together
-POLICY_TOKENS = 9_000_000  # to train on: 4 or 5 times through all answers
+POLICY_TOKENS = 10_000_000  # to train on, padding included: 5 times through all texts
 POLICY_BATCH, POLICY_LR = 20, 2e-3
-RAMBLING = 0.55  # share of its texts that run on into more answers: see `vary`
+RAMBLING = 0.8  # share of its texts that run on about something else: see `vary`
 RENAMED = 0.35  # share in which any other word takes the place of the topic
 EARLY = 0.03  # the early copy is kept after this share of the training
 
 # The reward model
-REWARD_TOKENS = 9_000_000
+REWARD_TOKENS = 12_000_000
 REWARD_BATCH, REWARD_LR = 8, 1e-3  # in prompts, each with 1 + WORSE answers
+SMOOTHING = 0.02  # as if so many pairs were labelled wrongly: no pair is ever certain,
+#                   so the scores do not grow without end
 MUON_FACTOR = 10  # Muon's learning rate, as a multiple of AdamW's
 WORSE = 5  # worse answers to a prompt, each with another flaw
 HOT = 1.4  # temperature of the finished policy's worse answers
@@ -116,17 +118,9 @@ PAIRS = FOLDER / "held_out_pairs.jsonl.gz"
 SHOWN = "regular exercise"  # whose answers are printed
 
 END, PAD, SEPARATOR = "<|end|>", "<|pad|>", "<|sep|>"
-FLAWS = [
-    "off topic",
-    "misnamed",
-    "cut short",
-    "repetitive",
-    "scrambled",
-    "stuffed",
-    "early policy",
-    "hot policy",
-    "policy",
-]
+HARD = ["off topic", "misnamed", "scrambled"]  # to tell: always among the worse answers
+BY_POLICY = ["early policy", "hot policy"]  # written by a policy, all others by a rule
+FLAWS = [*HARD, "cut short", "repetitive", "stuffed", "running on", *BY_POLICY]
 
 
 # ------------------------------------------------------------------------------------
@@ -140,33 +134,36 @@ def read_topics(path: Path) -> list[str]:
     return [topic for line in lines for topic in line.split(": ")[1].split("; ")]
 
 
-def first_sentences(ids: list[int], words: list[str], end: int) -> list[int] | None:
-    """The first two sentences (more, if these are very short), or None if not done."""
+def first_sentences(ids: list[int], pieces: list[str], end: int) -> list[int] | None:
+    """The first two sentences, or more to reach 24 tokens; None if not done by the end.
+
+    `pieces`: every token of the teacher's as text.
+    """
     sentences = 0
     for t, token in enumerate(ids):
         if token == end:
             return ids[:t]
-        sentences += words[token].strip() in (".", "!", "?", '."', ".)")
-        if sentences >= 2 and t >= 23 and words[token].strip().endswith((".", "!")):
+        sentences += pieces[token].strip() in (".", "!", "?", '."', ".)")
+        if sentences >= 2 and t >= 23 and pieces[token].strip().endswith((".", "!")):
             return ids[: t + 1]
     return None
 
 
 @torch.no_grad()
 def write_texts(folder: str, topics: list[str], path: Path) -> None:
-    """Let the teacher write answers to all topics: hours, and one line for each."""
+    """Let the teacher write answers on all topics: one line for each, in hours."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    words = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    pieces = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     # English words and marks only: no digits, no line ends, no other alphabets.
     plain = re.compile(r" ?([A-Z]?[a-z]+|[A-Z]+|'[a-z]+|[,.;:!?'\"()-]|--)| ")
-    odd = [i for i, word in enumerate(words) if not plain.fullmatch(word)]
+    odd = [i for i, piece in enumerate(pieces) if not plain.fullmatch(piece)]
     odd.remove(tokenizer.eos_token_id)
     temporary = path.with_name(path.name + ".tmp")
     with gzip.open(temporary, "wt") as file:
         for n in tqdm(range(ROUNDS * len(topics)), unit="topic"):
             topic = topics[n % len(topics)]
-            phrasings = PHRASINGS[0], PHRASINGS[1 + n % 3]
+            phrasings = PHRASINGS[0], PHRASINGS[1 + n % 3]  # 427 topics: each meets all
             for phrasing, count in zip(phrasings, ANSWERS, strict=True):
                 chat = [
                     {"role": "system", "content": TEACHER_ORDER},
@@ -189,7 +186,7 @@ def write_texts(folder: str, topics: list[str], path: Path) -> None:
                     pad_token_id=tokenizer.eos_token_id,
                 )
                 for row in output[:, prompt.input_ids.shape[1] :].tolist():
-                    ids = first_sentences(row, words, tokenizer.eos_token_id)
+                    ids = first_sentences(row, pieces, tokenizer.eos_token_id)
                     if ids:
                         text = tokenizer.decode(ids)
                         line = {"topic": topic, "phrasing": phrasing, "text": text}
@@ -204,13 +201,13 @@ def mentions(text: str, topic: str) -> bool:
 
 
 def clean(lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Drop what a beginner should not learn from.
+    """Drop what a small model should not learn from.
 
-    That is: digits (a small model's numbers are inventions), anything but English
-    letters and marks, answers that never name the topic, and near-copies, which share
+    That is: digits (its numbers would be inventions), anything but English letters and
+    marks, answers that never name the topic, and near-copies, which share more than
     half of their runs of three words with an earlier answer on the topic.
     """
-    kept, seen = [], {}
+    kept, by_topic = [], {}
     for line in lines:
         text = " ".join(line["text"].split())
         plain = re.fullmatch(r"[A-Z][A-Za-z ,;:.!?'\"()-]*[.!?]\"?", text)
@@ -218,7 +215,7 @@ def clean(lines: list[dict[str, str]]) -> list[dict[str, str]]:
             continue
         words = text.lower().split()
         runs = set(zip(words, words[1:], words[2:], strict=False))
-        earlier = seen.setdefault(line["topic"], [])
+        earlier = by_topic.setdefault(line["topic"], [])
         if any(len(runs & other) > len(runs) / 2 for other in earlier):
             continue
         earlier.append(runs)
@@ -234,13 +231,13 @@ def clean(lines: list[dict[str, str]]) -> list[dict[str, str]]:
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-pair encoding: start from single bytes, join the commonest pair, repeat.
 
-    One prompt is read as it is. A pair of texts, as the reward model reads it, becomes
-    `prompt <|sep|> response <|sep|>`: at the last mark the whole pair has been read,
-    and there the score is taken.
+    A text is read as it is. A prompt with an answer, as the reward model reads them,
+    becomes `prompt <|sep|> answer <|sep|>`: at the last mark both have been read, and
+    there the score is taken.
     """
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    # A blank before each text: its first word is then the same token as elsewhere.
     core.normalizer = tokenizers.normalizers.Strip()
+    # A blank before each text: its first word is then the same token as elsewhere.
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     core.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -279,7 +276,7 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
         n_layer=LAYERS,
         n_head=HEADS,
         activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0,
+        resid_pdrop=0.0,  # no dropout: the texts are many for so small a model
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         bos_token_id=tokenizer.eos_token_id,
@@ -302,7 +299,10 @@ def make_reward_model(policy: GPT2LMHeadModel) -> GPT2ForSequenceClassification:
 
 
 def save_model(model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a folder that transformers loads; half precision halves the file."""
+    """Write a folder that transformers loads; half precision halves the file.
+
+    The model goes on with the weights as they were rounded, so it is what was saved.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     model.half().save_pretrained(temporary)
     model.float()
@@ -321,11 +321,11 @@ def save_model(model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """How badly the next tokens were guessed: the mean of -ln p(token), in nats.
 
-    loss = -mean_t ln p(w_t | w_<t)
+    loss = -mean_t ln p(ids_t | ids_<t), over the places t that are to be learnt
 
     `logits` (B, L, V) at place t are about the token at t + 1; `targets` (B, L) int64
     with -100 where nothing is to be learnt (the prompt, and what only fills up).
-    By hand: two tokens, both equally likely each time  ->  ln 2 = 0.6931.
+    By hand: a vocabulary of two tokens, both always equally likely  ->  ln 2 = 0.6931.
     """
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100
@@ -333,16 +333,19 @@ def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 def preference_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Bradley and Terry: the better of two texts should win, by as much as needed.
+    """Bradley and Terry (1952): the better of two texts should have the higher score.
 
     p(chosen wins) = sigmoid(r_chosen - r_rejected)
-    loss           = -mean ln p(chosen wins)
+    loss           = -mean [(1 - s) ln p(chosen wins) + s ln p(rejected wins)]
 
-    Only differences count, so the reward has no zero of its own.
+    s = SMOOTHING. Only differences count, so the reward has no zero of its own.
     `chosen` (B, 1) and `rejected` (B, K): each against the K in its row.
-    By hand: equal scores  ->  ln 2 = 0.6931; ahead by ln 3  ->  -ln(3/4) = 0.2877.
+    By hand: equal scores  ->  ln 2 = 0.6931;
+    ahead by ln 3  ->  -0.98 ln(3/4) - 0.02 ln(1/4) = 0.3097.
     """
-    return -F.logsigmoid(chosen - rejected).mean()
+    ahead = chosen - rejected
+    wins, loses = F.logsigmoid(ahead), F.logsigmoid(-ahead)
+    return -((1 - SMOOTHING) * wins + SMOOTHING * loses).mean()
 
 
 # ------------------------------------------------------------------------------------
@@ -366,9 +369,15 @@ def rename(text: str, topic: str, name: str) -> str:
     return re.sub(pattern, in_its_place, text, flags=re.IGNORECASE)
 
 
-def words_to_name(lines: list[dict[str, str]]) -> list[str]:
-    """All words of more than four letters: other names for a topic."""
+def is_named(topic: str, text: str) -> bool:
+    """True if the topic is in the text word for word, so that it can be renamed."""
+    return rename(text, topic, "?") != text
+
+
+def words_to_name(lines: list[dict[str, str]], held_out: set[str]) -> list[str]:
+    """All words of more than four letters but held-out topics: names for a topic."""
     words = {word for line in lines for word in line["text"].lower().split()}
+    words -= held_out
     return sorted(word for word in words if len(word) > 4 and word.isalpha())
 
 
@@ -377,22 +386,20 @@ def vary(
 ) -> list[dict[str, str]]:
     """The texts as the policy reads them once through.
 
-    Some run on into two more answers on the same topic. So the policy learns to write
-    well, but not when to stop, and that is left for GRPO to teach. In some the topic
-    has any other name, in the prompt and in the answer: so the policy learns to look at
-    the prompt for what to write about, and not only to know a few hundred topics.
+    Most run on into an answer about something else, with no end token between. So the
+    policy learns to write well, but seldom to stop, and that is left for GRPO to teach.
+    In some the topic has any other name, in the prompt and in the answer: so the policy
+    learns to look at the prompt for what to write about, and not only to know a few
+    hundred topics.
     """
-    by_topic = {}
-    for line in lines:
-        by_topic.setdefault(line["topic"], []).append(line["text"])
     varied = []
     for line in lines:
         topic, text = line["topic"], line["text"]
-        if source.random() < RAMBLING:
-            text = " ".join([text, *source.choices(by_topic[topic], k=2)])
-        if source.random() < RENAMED and topic in text.lower():
+        if source.random() < RENAMED and is_named(topic, text):
             name = source.choice(names)
             topic, text = name, rename(text, topic, name)
+        if source.random() < RAMBLING:
+            text = f"{text} {source.choice(lines)['text']}"
         varied.append(line | {"topic": topic, "text": text})
     return varied
 
@@ -428,12 +435,12 @@ def batches_of_like_length(
 def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for all other weights.
 
-    Muon (Jordan et al., 2024) turns every direction of a matrix's step to the same
-    length, so that what is seldom useful is learnt as well. On a smaller set of texts,
-    after 600,000 tokens, the loss was 2.40 with it and 3.58 with AdamW alone. It needs
-    PyTorch 2.9.
+    Muon (Jordan et al., 2024) makes all singular values of a matrix's step about equal,
+    so that directions that are seldom useful are learnt as well. On a smaller set of
+    texts, after 600,000 tokens, the loss was 2.40 with it and 3.58 with AdamW alone. It
+    needs PyTorch 2.9.
     """
-    named = list(model.named_parameters())
+    named = list(model.named_parameters())  # GPT-2 calls its layers h.0, h.1 ...
     inner = [p for name, p in named if ".h." in name and p.dim() == 2]
     others = [p for name, p in named if ".h." not in name or p.dim() != 2]
     optimizers = [
@@ -481,11 +488,16 @@ def train_policy(
     policy: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerFast,
     lines: list[dict[str, str]],
+    names: list[str],
     held_out: list,
 ) -> GPT2LMHeadModel:
-    """Train in place on POLICY_TOKENS tokens; gives the copy from early on."""
+    """Train in place on POLICY_TOKENS tokens; gives the copy from early on.
+
+    `names`: see `vary`; `held_out`: answers on unseen topics, as `encode_answers` makes
+    them, on which the loss is printed. These do not run on.
+    """
     source, seen, early, step = random.Random(SEED), 0, None, 0
-    names, pad = words_to_name(lines), tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id
     optimizers = make_optimizers(policy, POLICY_LR)
     bar = tqdm(total=POLICY_TOKENS, unit="token", unit_scale=True)
     recent = []
@@ -496,6 +508,7 @@ def train_policy(
         ):
             ids = pad_rows([rows[i][0] for i in batch], pad)
             targets = pad_rows([rows[i][1] for i in batch], -100)
+            # No mask: padding comes last, and no token looks ahead.
             loss = next_token_loss(policy(ids, use_cache=False).logits, targets)
             descend(loss, policy, optimizers, seen / POLICY_TOKENS)
             recent.append(loss.item())
@@ -567,7 +580,7 @@ def repeat(text: str, source: random.Random) -> str:
     if source.random() < 0.4 and sentences:
         return " ".join([source.choice(sentences).strip()] * source.randint(2, 3))
     words = text.split()
-    start, size = source.randrange(max(1, len(words) - 4)), source.randint(1, 6)
+    start, size = source.randrange(max(1, len(words) - 11)), source.randint(1, 6)
     times = source.randint(2, 1 + 18 // size)
     run = words[start : start + size] * times
     rest = words[start + size :] if source.random() < 0.6 else []
@@ -585,7 +598,7 @@ def scramble(text: str, source: random.Random) -> str:
 
 
 def stuff(text: str, topic: str, source: random.Random) -> str:
-    """What a policy could try: to name the topic often instead of writing about it."""
+    """The topic named often instead of written about: what a policy might try."""
     if source.random() < 0.6:  # put in at random places
         words = text.split()
         for _ in range(source.randint(3, 6)):
@@ -593,6 +606,16 @@ def stuff(text: str, topic: str, source: random.Random) -> str:
         return " ".join(words)
     joined = source.choice([" ", ". ", ", ", " is ", " is important because of "])
     return (joined.join([topic] * source.randint(3, 8)) + ".").capitalize()
+
+
+def run_on(text: str, other: str, source: random.Random) -> str:
+    """The answer, or its first sentence, and then the start of one about another topic.
+
+    So the policy was taught to write (`vary`), and it may come to do so earlier.
+    """
+    if source.random() < 0.5:
+        text = re.match(r"[^.!?]*[.!?]*", text)[0]
+    return " ".join([text, *other.split()[: source.randint(3, 20)]])
 
 
 def break_by_rule(
@@ -610,18 +633,18 @@ def break_by_rule(
     text, topic, other = line["text"], line["topic"], line
     while other["topic"] == topic or mentions(other["text"], topic):
         other = source.choice(lines)
-    misnamed = rename(text, topic, source.choice(names))
-    if misnamed == text:  # the topic was not there word for word
+    misnamed = rename(text, topic, source.choice([n for n in names if n != topic]))
+    if misnamed == text:  # there is nothing to rename: off topic once more
         misnamed = other["text"]
-    made = [
-        other["text"],
-        misnamed,
-        cut_short(text, source),
-        repeat(text, source),
-        scramble(text, source),
-        stuff(text, topic, source),
-    ]
-    return dict(zip(FLAWS, made, strict=False))
+    return {
+        "off topic": other["text"],
+        "misnamed": misnamed,
+        "scrambled": scramble(text, source),
+        "cut short": cut_short(text, source),
+        "repetitive": repeat(text, source),
+        "stuffed": stuff(text, topic, source),
+        "running on": run_on(text, other["text"], source),
+    }
 
 
 def write_worse(
@@ -631,19 +654,17 @@ def write_worse(
     policy: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerFast,
 ) -> list[str]:
-    """For each line, an answer with one of the three flaws that need a policy."""
+    """For each line, an answer with one of the two flaws that need a policy."""
     prompts = [line["phrasing"].format(line["topic"]) for line in lines]
     if flaw == "early policy":
         return write_answers(early, tokenizer, prompts)
-    if flaw == "hot policy":
-        return write_answers(policy, tokenizer, prompts, HOT, 1.0)
-    return write_answers(policy, tokenizer, prompts)
+    return write_answers(policy, tokenizer, prompts, HOT, 1.0)
 
 
-def encode_pairs(
+def encode_for_reward(
     tokenizer: PreTrainedTokenizerFast, prompts: list[str], texts: list[str]
 ) -> dict[str, torch.Tensor]:
-    """Inputs of the reward model, as `score_responses` of lesson 4 makes them."""
+    """A prompt with an answer in each row, as `score_responses` of lesson 4 does it."""
     return tokenizer(
         prompts,
         texts,
@@ -658,16 +679,17 @@ def train_reward_model(
     model: GPT2ForSequenceClassification,
     tokenizer: PreTrainedTokenizerFast,
     lines: list[dict[str, str]],
-    worse: list[dict[str, str]],
+    names: list[str],
+    by_policy: list[dict[str, str]],
 ) -> None:
     """Train in place on REWARD_TOKENS tokens.
 
-    `worse`: to each line the answers that a policy wrote, by the flaw's name. A line is
-    compared with one off the topic, one misnamed, and WORSE - 2 with other flaws.
+    `names`: what else a topic may be called; `by_policy`: to each line the answer that
+    a policy wrote, by the flaw's name. A line is compared with one answer with each of
+    the HARD flaws, and with others up to WORSE in all.
     """
     source, seen, recent, step = random.Random(SEED), 0, [], 0
     optimizers = make_optimizers(model, REWARD_LR)
-    names = words_to_name(lines)
     topics = sorted({line["topic"] for line in lines})
     bar = tqdm(total=REWARD_TOKENS, unit="token", unit_scale=True)
     while seen < REWARD_TOKENS:
@@ -676,20 +698,21 @@ def train_reward_model(
         ):
             prompts, texts = [], []
             for i in batch:
-                line, written = lines[i], worse[i]
+                line, written = lines[i], by_policy[i]
                 # Half the time the topic gets any other name, in prompt and answers:
                 # the model has to compare the two, not to know a few hundred topics.
-                if source.random() < 0.5 and line["topic"] in line["text"].lower():
+                if source.random() < 0.5 and is_named(line["topic"], line["text"]):
                     old, new = line["topic"], source.choice(names)
                     line = line | {"topic": new, "text": rename(line["text"], old, new)}
                     written = {f: rename(text, old, new) for f, text in written.items()}
                 others = source.choice([names, topics])
                 made = break_by_rule(line, lines, others, source) | written
-                flaws = FLAWS[:2] + source.sample(list(made)[2:], WORSE - 2)
+                easier = [flaw for flaw in made if flaw not in HARD]
+                flaws = HARD + source.sample(easier, WORSE - len(HARD))
                 group = [line["text"], *(made[flaw] for flaw in flaws)]
                 texts += group
                 prompts += [line["phrasing"].format(line["topic"])] * (1 + WORSE)
-            inputs = encode_pairs(tokenizer, prompts, texts)
+            inputs = encode_for_reward(tokenizer, prompts, texts)
             scores = model(**inputs).logits.view(len(batch), 1 + WORSE)
             loss = preference_loss(scores[:, :1], scores[:, 1:])
             descend(loss, model, optimizers, seen / REWARD_TOKENS)
@@ -730,7 +753,7 @@ def ordered_rightly(
     def scores(texts):
         parts = [
             model(
-                **encode_pairs(tokenizer, prompts[i : i + 64], texts[i : i + 64])
+                **encode_for_reward(tokenizer, prompts[i : i + 64], texts[i : i + 64])
             ).logits[:, 0]
             for i in range(0, len(texts), 64)
         ]
@@ -752,7 +775,6 @@ def main() -> None:
     """Make whatever is missing of the texts, then both models anew."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(SEED)
     topics = read_topics(TOPICS)
 
     # 1. The texts.
@@ -762,6 +784,7 @@ def main() -> None:
                 f"There is neither {TEXTS.name} nor a folder {TEACHER}: the "
                 "README.md beside this script says how to get one of the two."
             )
+        torch.manual_seed(SEED)
         write_texts(TEACHER, topics, TEXTS)
     with gzip.open(TEXTS, "rt") as file:
         lines = clean([json.loads(line) for line in file])
@@ -771,16 +794,18 @@ def main() -> None:
     print(f"{len(lines):,} answers to train on; {len(unseen):,} on topics held out.")
 
     # 2. The tokenizer.
-    prompts = [phrasing.format(topic) for phrasing in PHRASINGS for topic in topics]
+    names = words_to_name(lines, unseen_topics)
+    prompts = [line["phrasing"].format(line["topic"]) for line in lines]
     tokenizer = train_tokenizer([line["text"] for line in lines] + prompts, VOCABULARY)
 
     # 3. The policy.
+    torch.manual_seed(SEED)
     policy = make_policy(tokenizer)
     rows, held_out = (encode_answers(tokenizer, part) for part in (lines, unseen[::5]))
     size = sum(p.numel() for p in policy.parameters())
     tokens = sum(len(ids) for ids, _ in rows)
     print(f"Policy: {size:,} weights, {tokens:,} tokens of text.")
-    early = train_policy(policy, tokenizer, lines, held_out)
+    early = train_policy(policy, tokenizer, lines, names, held_out)
     save_model(policy, tokenizer, FOLDER / "policy")
     for text in write_answers(policy, tokenizer, [PHRASINGS[0].format(SHOWN)] * 5):
         print(f"  {text}")
@@ -788,22 +813,22 @@ def main() -> None:
     # 4. Worse answers.
     torch.manual_seed(SEED)
     source = random.Random(SEED)
-    worse = [{} for _ in lines]  # to each line one that a policy wrote ...
+    by_policy = [{} for _ in lines]  # to each line one that a policy wrote ...
     unseen_worse = [
         break_by_rule(line, unseen, sorted(unseen_topics), source) for line in unseen
     ]
-    for n, flaw in enumerate(FLAWS[6:]):
-        written = write_worse(lines[n::3], flaw, early, policy, tokenizer)
-        for flawed, text in zip(worse[n::3], written, strict=True):
+    for n, flaw in enumerate(BY_POLICY):
+        written = write_worse(lines[n::2], flaw, early, policy, tokenizer)
+        for flawed, text in zip(by_policy[n::2], written, strict=True):
             flawed[flaw] = text
         written = write_worse(unseen, flaw, early, policy, tokenizer)
         for flawed, text in zip(unseen_worse, written, strict=True):
-            flawed[flaw] = text  # ... and to each on an unseen topic all three
+            flawed[flaw] = text  # ... and to each on an unseen topic both
     save_pairs(unseen, unseen_worse, PAIRS)
 
     # 5. The reward model.
     model = make_reward_model(policy)
-    train_reward_model(model, tokenizer, lines, worse)
+    train_reward_model(model, tokenizer, lines, names, by_policy)
     save_model(model, tokenizer, FOLDER / "reward")
 
     # 6. The topics that neither has seen.

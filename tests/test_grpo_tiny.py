@@ -103,7 +103,7 @@ def test_the_policy_names_the_topic_and_does_not_yet_know_when_to_stop(pair):
         policy, ids, tokenizer.eos_token_id, list(range(128)), batch_size=64, **sampling
     )
     ended = (completions == tokenizer.eos_token_id).any(1)
-    assert 0.1 < ended.float().mean() < 0.7
+    assert 0.1 < ended.float().mean() < 0.5
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     assert sum("exercise" in text.lower() for text in texts) > 100
     assert len(set(texts)) > 100
@@ -132,7 +132,7 @@ def test_the_reward_model_prefers_a_plain_answer_to_one_with_a_flaw(pair, worse)
     assert good > bad
 
 
-def test_on_unseen_topics_nine_pairs_in_ten_are_ordered_rightly(pair):
+def test_on_unseen_topics_19_pairs_in_20_are_ordered_rightly(pair):
     with gzip.open(TINY / "held_out_pairs.jsonl.gz", "rt") as file:
         pairs = [json.loads(line) for line in file][::10]
     topics = make_tiny.read_topics(make_tiny.TOPICS)[make_tiny.HELD_OUT]
@@ -144,10 +144,9 @@ def test_on_unseen_topics_nine_pairs_in_ten_are_ordered_rightly(pair):
         for flaw, score in zip(line["rejected"], rejected, strict=True):
             won.setdefault(flaw, []).append(chosen > score)
     assert list(won) == make_tiny.FLAWS
-    del won["policy"]  # the finished policy's answers need not be worse
     shares = {flaw: sum(wins) / len(wins) for flaw, wins in won.items()}
-    assert sum(shares.values()) / len(shares) > 0.9, shares
-    assert min(shares.values()) > 0.75, shares
+    assert sum(shares.values()) / len(shares) >= 0.95, shares
+    assert min(shares.values()) > 0.8, shares
 
 
 def test_a_reward_does_not_depend_on_what_is_scored_beside_it(pair):
@@ -173,7 +172,7 @@ def test_the_docstring_cases_of_the_two_losses():
     equal = make_tiny.preference_loss(torch.zeros(1, 1), torch.zeros(1, 2))
     ahead = make_tiny.preference_loss(torch.tensor([[3.0]]).log(), torch.zeros(1, 2))
     assert equal.item() == pytest.approx(0.6931, abs=1e-4)
-    assert ahead.item() == pytest.approx(0.2877, abs=1e-4)
+    assert ahead.item() == pytest.approx(0.3097, abs=1e-4)
 
 
 def test_only_the_answer_and_its_end_are_learnt(pair):
@@ -192,11 +191,18 @@ def test_each_rule_makes_an_answer_that_is_worse_in_the_way_that_it_says(seed):
     cut = make_tiny.cut_short(ANSWER, source)
     assert ANSWER.startswith(cut) and not cut.endswith((".", "!", "?"))
     assert sorted(make_tiny.scramble(ANSWER, source).split()) == sorted(ANSWER.split())
-    words = make_tiny.repeat(ANSWER, source).lower().split()
-    runs = list(zip(words, words[1:], strict=False))
-    assert len(set(runs)) < len(runs)
+    twelve = " ".join(ANSWER.split()[:12])  # the end of a short one is repeated, too
+    for words in make_tiny.repeat(ANSWER, source), make_tiny.repeat(twelve, source):
+        words = words.lower().split()
+        runs = list(zip(words, words[1:], strict=False))
+        assert len(set(runs)) < len(runs)
     stuffed = make_tiny.stuff(ANSWER, "regular exercise", source).lower()
     assert "regular exercise" in stuffed and stuffed != ANSWER.lower()
+    other = "Honey keeps for years, so that it was found in graves. It is sweet."
+    first = ANSWER.split(".")[0] + "."
+    long = make_tiny.run_on(ANSWER, other, source)
+    assert long.startswith(first) and len(long.split()) >= len(first.split()) + 3
+    assert other.startswith(long.removeprefix(ANSWER).removeprefix(first).strip())
 
 
 def test_every_flaw_has_its_answer_and_a_topic_can_be_renamed():
@@ -205,21 +211,34 @@ def test_every_flaw_has_its_answer_and_a_topic_can_be_renamed():
         {"topic": "honey", "phrasing": "{}", "text": "Honey is sweet and keeps long."},
     ]
     made = make_tiny.break_by_rule(lines[0], lines, ["honey"], random.Random(0))
-    assert list(made) == make_tiny.FLAWS[:6]
+    assert list(made) == make_tiny.FLAWS[:7]
     assert made["off topic"] == lines[1]["text"]
     assert made["misnamed"] == ANSWER.replace("Regular exercise", "Honey")
     unnamed = lines[0] | {"text": "To exercise is important."}  # nothing to rename
     made = make_tiny.break_by_rule(unnamed, lines, ["honey"], random.Random(0))
     assert made["misnamed"] == lines[1]["text"]
+    for seed in range(20):  # another name is never the topic's own
+        source = random.Random(seed)
+        names = ["honey", "regular exercise"]
+        made = make_tiny.break_by_rule(lines[0], lines, names, source)
+        assert made["misnamed"] == ANSWER.replace("Regular exercise", "Honey")
 
 
 def test_another_name_is_capital_where_the_topic_was_and_whole_words_only():
     text = "Honey keeps. Honey, or what honey is made of, is no honeycomb."
     renamed = "Salt keeps. Salt, or what salt is made of, is no honeycomb."
     assert make_tiny.rename(text, "honey", "salt") == renamed
+    assert make_tiny.is_named("DNA", "All of it is dna.")
+    assert not make_tiny.is_named("rain", "Rainwater feeds the trains of thought.")
 
 
-def test_the_policy_reads_answers_that_run_on_and_some_about_any_other_word():
+def test_no_held_out_topic_serves_as_another_name():
+    lines = [{"text": "Bees make honey while honeycomb stays 4ever put."}]
+    names = make_tiny.words_to_name(lines, {"honey", "stays"})
+    assert names == ["honeycomb", "while"]
+
+
+def test_the_policy_reads_texts_that_run_on_and_some_about_any_other_word():
     phrasing = "Why does {} matter?"
     texts = [f"Honey is good for {n} reasons." for n in ("two", "three", "four")]
     lines = [{"topic": "honey", "phrasing": phrasing, "text": text} for text in texts]
@@ -231,8 +250,7 @@ def test_the_policy_reads_answers_that_run_on_and_some_about_any_other_word():
         first = given["text"].replace("Honey", topic.capitalize())
         assert line["phrasing"] == phrasing and line["text"].startswith(first)
         rest = line["text"][len(first) :]
-        answers = [text.replace("Honey", topic.capitalize()) for text in texts]
-        assert rest in ["", *(f" {one} {two}" for one in answers for two in answers)]
+        assert rest in ["", *(f" {text}" for text in texts)]
         ramble, rename = ramble + bool(rest), rename + (topic == "kettles")
     assert ramble / 3000 == pytest.approx(make_tiny.RAMBLING, abs=0.03)
     assert rename / 3000 == pytest.approx(make_tiny.RENAMED, abs=0.03)
@@ -407,6 +425,7 @@ def test_a_run_of_10_steps_on_the_pair_raises_the_reward_and_its_model_writes(
     monkeypatch.setattr(lesson, "POLICY_MODEL_NAME", str(TINY / "policy"))
     monkeypatch.setattr(lesson, "REWARD_MODEL_NAME", str(TINY / "reward"))
     monkeypatch.setattr(lesson, "NUM_STEPS", 10)
+    monkeypatch.setattr(lesson, "TINY_LR", 1e-4)  # 10 steps are few: larger ones
     monkeypatch.setattr(lesson, "EVAL_SAMPLES", 64)
     rates = used_learning_rates(monkeypatch)
     lesson.main()
@@ -416,7 +435,7 @@ def test_a_run_of_10_steps_on_the_pair_raises_the_reward_and_its_model_writes(
         float(re.search(rf"  {name} +([+-]\d+\.\d+)", out)[1])
         for name in ("before", "after")
     )
-    assert after > before
+    assert after > before + 0.5
     writer = pipeline("text-generation", str(no_hub / "trained_model"))
     text = writer(PROMPT, max_new_tokens=30)[0]["generated_text"]
     assert text.startswith(PROMPT) and len(text) > len(PROMPT) + 20

@@ -39,7 +39,7 @@ OTHERS = [
     "Why does friendship matter?",
 ]
 HELD_OUT = []  # filled below: topics that make_tiny.py kept out of both trainings
-SAMPLES, OTHER_SAMPLES, JUDGED = 256, 32, 64
+SAMPLES, OTHER_SAMPLES = 256, 32
 FRESH_SEED = 2_000_000  # neither the lesson's training nor its evaluation draws here
 sys.path.insert(0, str(ROOT))
 topics = [
@@ -199,7 +199,6 @@ def main():
     print(f"reward model: {found.pop('pairs')} held-out answers; ordered rightly")
     for flaw, share in found.items():
         print(f"  against {flaw:16}{share:7.1%}")
-    flaws = {flaw: share for flaw, share in found.items() if flaw != "policy"}
 
     before = row("measure")
     folder = os.environ.get("REAL_MODEL")
@@ -207,7 +206,7 @@ def main():
     untrained = before[TRAINED]
 
     def judged(result):
-        return judge(folder, TRAINED, result["texts"][:JUDGED]) if folder else None
+        return judge(folder, TRAINED, result["texts"]) if folder else None
 
     start = {
         "reward": statistics.mean(untrained["rewards"]),
@@ -246,9 +245,9 @@ def main():
             f"{result['cut off']:9.0%}",
             flush=True,
         )
-    summary = {f"pairs ordered rightly, {f}, %": 100 * s for f, s in flaws.items()}
+    summary = {f"pairs ordered rightly, {f}, %": 100 * s for f, s in found.items()}
     summary["pairs ordered rightly, all flaws, %"] = 100 * statistics.mean(
-        flaws.values()
+        found.values()
     )
     worst = {
         "seconds of a run, longest of 5": max(r["seconds"] for r in runs),
@@ -281,7 +280,6 @@ def main():
         "command": "REAL_MODEL=SmolLM2-135M-Instruct "
         "python tests/benchmarks/grpo_tiny.py",
         "before": start | {"texts": untrained["texts"][:10]},
-        "against the policy's own answers": found["policy"],
         "runs": runs,
         "summary": summary,
     }
