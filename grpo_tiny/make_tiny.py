@@ -41,7 +41,7 @@ What you should see (seed 0)
     Loss of the policy on topics that it has not seen: from 4.3 nats a token down to
     2.6. Its first two sentences are mostly good English about the topic; then two
     responses in three are cut off at 64 tokens, in an answer about something else.
-    Pairs on unseen topics: from 99.9 % (cut short) to 85 % (scrambled) ordered rightly,
+    Pairs on unseen topics: from 100 % (cut short) to 86 % (scrambled) ordered rightly,
     where 50 % is a guess. README.md has them all.
 """
 
@@ -107,7 +107,7 @@ SMOOTHING = 0.02  # as if so many pairs were labelled wrongly: no pair is ever c
 #                   so the scores do not grow without end
 MUON_FACTOR = 10  # Muon's learning rate, as a multiple of AdamW's
 WORSE = 5  # worse answers to a prompt, each with another flaw
-HOT = 1.4  # temperature of the finished policy's worse answers
+HOT = 1.2  # temperature of the finished policy's worse answers
 
 # Files, beside this script
 FOLDER = Path(__file__).parent
