@@ -85,6 +85,21 @@ def test_the_plain_auto_classes_load_both_whole():
         assert 1e6 < sum(p.numel() for p in loaded.parameters()) < 4e6
 
 
+def test_the_readme_beside_the_pair_has_the_figures_texts_and_settings_of_today():
+    readme = (TINY / "README.md").read_text()
+    path = ROOT / "tests" / "benchmarks" / "results" / "grpo_tiny.json"
+    results = json.loads(path.read_text())
+    for name, value in results["summary"].items():
+        assert f"| {name} | {value:g} |" in readme, name
+    for texts in results["before"]["texts"], results["runs"][0]["texts"]:
+        assert len(texts) == 10
+        for n, text in enumerate(texts, 1):
+            assert f"\n{n}. {text}\n" in readme
+    assert f" {make_tiny.POLICY_TOKENS / 1e6:g} million tokens in all" in readme
+    assert f" {100 * make_tiny.RAMBLING:g} % of them run on" in readme
+    assert f"in {100 * make_tiny.RENAMED:g} % the topic was exchanged" in readme
+
+
 def test_text_survives_the_tokenizer_and_a_pair_is_joined_by_marks():
     tokenizer = AutoTokenizer.from_pretrained(TINY / "reward")
     assert tokenizer.decode(tokenizer(ANSWER).input_ids).strip() == ANSWER

@@ -9,9 +9,10 @@ prompt. GRPO never sees it, nor did the reward model.
 
 * Pairs: the teacher's answers, on topics that neither model ever saw, against an answer
   with each flaw (grpo_tiny/held_out_pairs.jsonl.gz, written by make_tiny.py).
-* GRPO: the lesson's main() on the pair, its settings as they come, for seeds 0 to 4;
+* GRPO: the lesson's main() on the pair, its settings as they come, for ten seeds;
   before and after, 256 fresh responses to the prompt that is trained, and 32 to each of
-  8 others, 4 of which name topics that were held out of both trainings.
+  8 others, 4 of which name topics that were held out of both trainings. Seeds 0 to 9
+  were looked at when TINY_LR was chosen; 10 to 14 took no part in that.
 """
 
 import gzip
@@ -30,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULT_PATH = Path(__file__).parent / "results" / "grpo_tiny.json"
 TINY = ROOT / "grpo_tiny"
-SEEDS = range(5)
+SEEDS = [*range(5), *range(10, 15)]
 TRAINED = "Explain why regular exercise is important."
 OTHERS = [
     "Explain why sleep is important.",
@@ -38,16 +39,14 @@ OTHERS = [
     "Explain why clean water is important.",
     "Why does friendship matter?",
 ]
-HELD_OUT = []  # filled below: topics that make_tiny.py kept out of both trainings
 SAMPLES, OTHER_SAMPLES = 256, 32
 FRESH_SEED = 2_000_000  # neither the lesson's training nor its evaluation draws here
-sys.path.insert(0, str(ROOT))
-topics = [
-    topic
-    for line in (TINY / "topics.txt").read_text().splitlines()
-    for topic in line.split(": ")[1].split("; ")
-]
-HELD_OUT = [f"Explain why {topic} is important." for topic in topics[7::10][:40:10]]
+sys.path[:0] = str(ROOT), str(TINY)
+
+from make_tiny import HELD_OUT, TOPICS, read_topics  # noqa: E402
+
+topics = read_topics(TOPICS)[HELD_OUT]
+UNSEEN = [f"Explain why {topic} is important." for topic in topics[:40:10]]
 
 
 def measure(policy_folder):
@@ -59,7 +58,7 @@ def measure(policy_folder):
     policy, tokenizer = lesson.load_policy(str(policy_folder))
     reward = lesson.load_reward_model(str(TINY / "reward"))
     found = {}
-    for prompt in [TRAINED, *OTHERS, *HELD_OUT]:
+    for prompt in [TRAINED, *OTHERS, *UNSEEN]:
         count = SAMPLES if prompt == TRAINED else OTHER_SAMPLES
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         completions = lesson.generate_group(
@@ -229,7 +228,7 @@ def main():
             "reward": statistics.mean(trained["rewards"]),
             "gain": gain(before, after, [TRAINED]),
             "gain on others": gain(before, after, OTHERS),
-            "gain on unseen": gain(before, after, HELD_OUT),
+            "gain on unseen": gain(before, after, UNSEEN),
             "distinct-2": distinct_2(trained["texts"]),
             "judge": judged(trained),
             "length": trained["length"],
@@ -249,26 +248,29 @@ def main():
     summary["pairs ordered rightly, all flaws, %"] = 100 * statistics.mean(
         found.values()
     )
-    worst = {
-        "seconds of a run, longest of 5": max(r["seconds"] for r in runs),
-        "gain on the prompt, stds, least of 5": min(r["gain"] for r in runs),
-        "gain on other prompts, stds, least of 5": min(
-            r["gain on others"] for r in runs
-        ),
-        "gain on unseen topics, stds, least of 5": min(
-            r["gain on unseen"] for r in runs
-        ),
-        "distinct-2 kept, %, least of 5": min(
-            100 * r["distinct-2"] / start["distinct-2"] for r in runs
-        ),
-    }
-    worst["cut off before, %"] = 100 * start["cut off"]
-    worst["cut off after, %, most of 5"] = 100 * max(r["cut off"] for r in runs)
-    if folder:
-        worst["judge's gain, nats a token, least of 5"] = min(
-            r["judge"] - start["judge"] for r in runs
-        )
-    summary = {name: round(value, 3) for name, value in (summary | worst).items()}
+    summary["cut off before, %"] = 100 * start["cut off"]
+    summary["seconds of a run, most"] = max(r["seconds"] for r in runs)
+    for part in runs[:5], runs[5:]:
+        worst = {
+            "gain on the prompt, stds, least": min(r["gain"] for r in part),
+            "gain on other prompts, stds, least": min(
+                r["gain on others"] for r in part
+            ),
+            "gain on unseen topics, stds, least": min(
+                r["gain on unseen"] for r in part
+            ),
+            "distinct-2 kept, %, least": min(
+                100 * r["distinct-2"] / start["distinct-2"] for r in part
+            ),
+            "cut off after, %, most": 100 * max(r["cut off"] for r in part),
+        }
+        if folder:
+            worst["judge's gain, nats a token, least"] = min(
+                r["judge"] - start["judge"] for r in part
+            )
+        seeds = f"seeds {part[0]['seed']} to {part[-1]['seed']}"
+        summary |= {f"{seeds}: {name}": value for name, value in worst.items()}
+    summary = {name: round(value, 3) for name, value in summary.items()}
     for name, value in summary.items():
         print(f"| {name} | {value:g} |")
     if "TINY_LR" in os.environ:
