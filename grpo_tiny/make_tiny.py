@@ -1,48 +1,49 @@
-"""A small language model and a reward model, from nothing: the pair beside this file.
+"""Train a small language model and a reward model from scratch: this folder's pair.
 
 What you will learn
-    How a model learns to write by guessing the next token, and how a second one learns
-    from pairs of texts to tell which is better: all that GRPO (lesson 4) starts from.
+    How a model learns to write by predicting the next token, and how a second one
+    learns from pairs of texts to tell which is better: GRPO (lesson 4) needs both.
 
 The steps
-    1. A teacher, SmolLM2-135M-Instruct, writes short answers to a few hundred prompts
-       such as "Explain why honesty is important." They are the training texts.
-    2. A tokenizer learns from them which letters often stand together: its tokens.
-    3. The policy, a GPT-2 of 2.4 million weights, learns to guess each next token of
-       the answers. Nine in ten run on into an answer about something else, so that
+    1. A teacher, SmolLM2-135M-Instruct, writes short answers to 1,635 prompts such as
+       "Explain why honesty is important." (427 topics in up to 4 phrasings). They are
+       the training texts.
+    2. A tokenizer is trained on them: byte pairs that are often neighbours are joined.
+    3. The policy, a GPT-2 of 2.4 million weights, is trained to predict each next token
+       of the answers. Nine in ten run on into an answer about something else, so that
        it seldom stops in time: GRPO is to teach it that. An early copy is kept.
-    4. For each answer, worse ones are made: off the topic, naming another one,
+    4. For each answer, worse ones are made: off topic, misnamed (another topic's name),
        scrambled, cut short, repetitive, stuffed with the topic's name, running on, or
        written by the small policy.
-    5. The reward model starts as a copy of the policy, with one number as its output,
-       and learns to give the teacher's answer a higher one than the worse answer.
-    6. Both are tried on topics that neither has seen, and saved.
+    5. The reward model starts as a copy of the policy with a single number as its
+       output, and is trained to score the teacher's answer above each worse one.
+    6. Both are saved, and evaluated on held-out topics. Neither model was trained on a
+       prompt or an answer about these, but 28 of the 42 names occur in training texts.
 
 Symbols (B prompts, L tokens in the longest text, V tokens in the vocabulary, and K =
 WORSE worse answers to a prompt)
-    ids       (B, L)     prompt, answer and end-of-text token, filled up with padding
-    targets   (B, L)     the same, with -100 wherever nothing is to be learnt
+    ids       (B, L)     prompt, answer and end-of-text token, padded on the right
+    targets   (B, L)     the same, with -100 at the prompt and the padding: no loss
     logits    (B, L, V)  the policy's score for every token as the next one
     chosen    (B, 1)     the reward model's score of the teacher's answer
     rejected  (B, K)     ... and of the worse answers to the same prompt
 
-Where this differs from how it is done at size
-    * The policy never sees text of any other kind, so it can do nothing else.
-    * Nobody was asked what they prefer: every pair is made by a rule. Such preferences
-      are called synthetic, and the reward model is as good as the rules.
+Where this differs from how it is done at scale
+    * The policy is trained on these answers only, so it can do nothing else.
+    * No human preferences were collected: rules and the policy make the worse answers.
+      Such preferences are synthetic: the reward model is only as good as the rules.
     * Both models usually have billions of weights, not 2.4 million.
 
 Run it
     python grpo_tiny/make_tiny.py    57 minutes on two cores of a server CPU, no GPU: 30
                                      for the policy, 5 for its worse answers, 21 for the
-                                     reward model; new texts take hours more
+                                     reward model; writing new texts takes hours more
 
 What you should see (seed 0)
-    Loss of the policy on topics that it has not seen: from 4.3 nats a token down to
-    2.65. Its first two sentences are mostly good English about the topic; then three
-    responses in four are cut off at 64 tokens, most in an answer about something else.
-    Pairs on unseen topics: from 99.9 % (cut short) to 85.5 % (scrambled) are ordered
-    rightly, where 50 % is a guess. README.md has them all.
+    The policy's loss on held-out topics falls from 4.3 nats a token to 2.65. Three in
+    four of its responses are cut off at 64 tokens, most in an answer about something
+    else. Pairwise accuracy of the reward model on held-out topics: from 85.5 %
+    (scrambled) to 99.9 % (cut short), where guessing gives 50 %.
 """
 
 import gzip
@@ -80,32 +81,33 @@ PHRASINGS = [
     "Tell me why {} is important.",
     "What makes {} important?",
 ]
-HELD_OUT = slice(7, None, 10)  # every tenth topic: nothing on it is trained on
+HELD_OUT = slice(7, None, 10)  # every tenth topic: no answer about it is trained on
 
 # The teacher's writing
-ROUNDS = 5  # times that all topics are gone through
-ANSWERS = (8, 6)  # a round: to the first phrasing, and to one of the others
+ROUNDS = 5  # passes over all topics
+ANSWERS = (8, 6)  # per round: to the first phrasing, and to one of the others
 TEACHER_ORDER = "You answer every question in two short, plain sentences."
-TEACHER_TEMPERATURE = 0.7  # below 1: the likely words more often, for plainer answers
+TEACHER_TEMPERATURE = 0.7  # below 1: likely words more often, for plainer answers
 TEACHER_TOP_K = 50  # only the 50 likeliest tokens
-LONGEST_ANSWER = 72  # tokens; an answer that is not done by then is thrown away
+LONGEST_ANSWER = 72  # tokens; an answer that is not finished by then is dropped
 
 # The policy
 VOCABULARY = 3072  # tokens; more makes texts shorter and the model larger
 LAYERS, HEADS, WIDTH = 4, 6, 192  # width: numbers for each token, between the layers
 CONTEXT = 160  # tokens, prompt and answer together
-POLICY_TOKENS = 12_000_000  # to train on, padding included: 6 times through all texts
+POLICY_TOKENS = 12_000_000  # to train on, padding included: 6 epochs
 POLICY_BATCH, POLICY_LR = 20, 2e-3  # texts in a gradient step; highest learning rate
 RAMBLING = 0.9  # share of its texts that run on about something else: see `vary`;
 #                 with less, more of its responses stop by themselves
-RENAMED = 0.25  # share in which any other word takes the place of the topic
-EARLY = 0.03  # the early copy is kept after this share of the training
+RENAMED = 0.25  # chance that a text's topic is replaced by any other word; 94 % of the
+#                 texts name their topic word for word and can be renamed: 23.7 % are
+EARLY = 0.03  # the early copy is made after this share of the training
 
 # The reward model
 REWARD_TOKENS = 12_000_000
 REWARD_BATCH, REWARD_LR = 8, 1e-3  # in prompts, each with 1 + WORSE answers
-SMOOTHING = 0.02  # as if so many pairs were labelled wrongly: no pair is ever certain,
-#                   so the scores do not grow without end
+SMOOTHING = 0.02  # as if this share of the pairs were labelled wrongly: no pair is
+#                   ever certain, so the scores do not grow without bound
 MUON_FACTOR = 10  # Muon's learning rate, as a multiple of AdamW's
 WORSE = 5  # worse answers to a prompt, each with another flaw
 HOT = 1.2  # temperature of the finished policy's worse answers; higher: odder words
@@ -116,10 +118,10 @@ TEXTS = FOLDER / "answers.jsonl.gz"
 TOPICS = FOLDER / "topics.txt"
 PAIRS = FOLDER / "held_out_pairs.jsonl.gz"
 
-SHOWN = "regular exercise"  # whose answers are printed
+SHOWN = "regular exercise"  # the topic whose answers are printed
 
 END, PAD, SEPARATOR = "<|end|>", "<|pad|>", "<|sep|>"
-HARD = ["off topic", "misnamed", "scrambled"]  # to tell: always among the worse answers
+HARD = ["off topic", "misnamed", "scrambled"]  # always among the worse answers
 BY_POLICY = ["early policy", "hot policy"]  # written by a policy, all others by a rule
 FLAWS = [*HARD, "cut short", "repetitive", "stuffed", "running on", *BY_POLICY]
 
@@ -136,7 +138,7 @@ def read_topics(path: Path) -> list[str]:
 
 
 def first_sentences(ids: list[int], pieces: list[str], end: int) -> list[int] | None:
-    """The first two sentences, or more to reach 24 tokens; None if not done by the end.
+    """The first two sentences, or more to reach 24 tokens; None if they do not end.
 
     `pieces`: every token of the teacher's as text.
     """
@@ -152,11 +154,11 @@ def first_sentences(ids: list[int], pieces: list[str], end: int) -> list[int] | 
 
 @torch.no_grad()
 def write_texts(folder: str, topics: list[str], path: Path) -> None:
-    """Let the teacher write answers on all topics: one line for each, in hours."""
+    """Let the teacher write answers on all topics, one line for each. Takes hours."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     pieces = [tokenizer.decode([i]) for i in range(len(tokenizer))]
-    # English words and marks only: no digits, no line ends, no other alphabets.
+    # English words and punctuation only: no digits, line breaks or other alphabets.
     plain = re.compile(r" ?([A-Z]?[a-z]+|[A-Z]+|'[a-z]+|[,.;:!?'\"()-]|--)| ")
     odd = [i for i, piece in enumerate(pieces) if not plain.fullmatch(piece)]
     odd.remove(tokenizer.eos_token_id)
@@ -164,7 +166,7 @@ def write_texts(folder: str, topics: list[str], path: Path) -> None:
     with gzip.open(temporary, "wt") as file:
         for n in tqdm(range(ROUNDS * len(topics)), unit="topic"):
             topic = topics[n % len(topics)]
-            phrasings = PHRASINGS[0], PHRASINGS[1 + n % 3]  # 427 topics: each meets all
+            phrasings = PHRASINGS[0], PHRASINGS[1 + n % 3]  # 427 topics: each gets all
             for phrasing, count in zip(phrasings, ANSWERS, strict=True):
                 chat = [
                     {"role": "system", "content": TEACHER_ORDER},
@@ -204,9 +206,9 @@ def mentions(text: str, topic: str) -> bool:
 def clean(lines: list[dict[str, str]]) -> list[dict[str, str]]:
     """Drop what a small model should not learn from.
 
-    That is: digits (its numbers would be inventions), anything but English letters and
-    marks, answers that never name the topic, and near-copies, which share more than
-    half of their runs of three words with an earlier answer on the topic.
+    That is: digits (its numbers would be made up), anything but English letters and
+    punctuation, answers that never name the topic, and near-copies, which share more
+    than half of their runs of three words with an earlier answer on the topic.
     """
     kept, by_topic = [], {}
     for line in lines:
@@ -230,15 +232,15 @@ def clean(lines: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding: start from single bytes, join the commonest pair, repeat.
+    """Byte-pair encoding: start from single bytes, join the most frequent pair, repeat.
 
-    A text is read as it is. A prompt with an answer, as the reward model reads them,
-    becomes `prompt <|sep|> answer <|sep|>`: at the last mark both have been read, and
-    there the score is taken.
+    A single text gets no special tokens. A prompt with an answer, as the reward model
+    reads them, becomes `prompt <|sep|> answer <|sep|>`; the score is taken at the last
+    separator, where both have been read.
     """
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.normalizer = tokenizers.normalizers.Strip()
-    # A blank before each text: its first word is then the same token as elsewhere.
+    # A space before each text: its first word is then the same token as elsewhere.
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     core.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -277,7 +279,7 @@ def make_policy(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
         n_layer=LAYERS,
         n_head=HEADS,
         activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0,  # no dropout: the texts are many for so small a model
+        resid_pdrop=0.0,  # no dropout
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         bos_token_id=tokenizer.eos_token_id,
@@ -302,7 +304,7 @@ def make_reward_model(policy: GPT2LMHeadModel) -> GPT2ForSequenceClassification:
 def save_model(model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a folder that transformers loads; half precision halves the file.
 
-    The model goes on with the weights as they were rounded, so it is what was saved.
+    The model in memory keeps the rounded weights, so that it equals the saved one.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     model.half().save_pretrained(temporary)
@@ -320,12 +322,12 @@ def save_model(model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """How badly the next tokens were guessed: the mean of -ln p(token), in nats.
+    """How badly the next tokens were predicted: the mean of -ln p(token), in nats.
 
-    loss = -mean_t ln p(ids_t | ids_<t), over the places t that are to be learnt
+    loss = -mean_t ln p(ids_t | ids_<t), over the positions t of answer and end
 
-    `logits` (B, L, V) at place t are about the token at t + 1; `targets` (B, L) int64
-    with -100 where nothing is to be learnt (the prompt, and what only fills up).
+    `logits` (B, L, V) at position t predict the token at t + 1; `targets` (B, L) int64
+    with -100 at the prompt and at the padding, which do not count.
     By hand: a vocabulary of two tokens, both always equally likely  ->  ln 2 = 0.6931.
     """
     return F.cross_entropy(
@@ -355,13 +357,13 @@ def preference_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tenso
 
 
 def pad_rows(rows: list[list[int]], filler: int) -> torch.Tensor:
-    """Rows of different lengths as one tensor, filled up on the right."""
+    """Rows of different lengths as one tensor, padded on the right."""
     length = max(map(len, rows))
     return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
 
 
 def rename(text: str, topic: str, name: str) -> str:
-    """The text with another name for its topic, capital where the topic's was."""
+    """The text with another name for its topic, capitalised where the topic was."""
 
     def in_its_place(match):
         return name[0].upper() + name[1:] if match[0][0].isupper() else name
@@ -376,7 +378,7 @@ def is_named(topic: str, text: str) -> bool:
 
 
 def words_to_name(lines: list[dict[str, str]], held_out: set[str]) -> list[str]:
-    """All words of more than four letters but held-out topics: names for a topic."""
+    """All words of more than four letters but the held-out topics: other names."""
     words = {word for line in lines for word in line["text"].lower().split()}
     words -= held_out
     return sorted(word for word in words if len(word) > 4 and word.isalpha())
@@ -385,13 +387,13 @@ def words_to_name(lines: list[dict[str, str]], held_out: set[str]) -> list[str]:
 def vary(
     lines: list[dict[str, str]], names: list[str], source: random.Random
 ) -> list[dict[str, str]]:
-    """The texts as the policy reads them once through.
+    """The policy's texts for one epoch.
 
-    Most run on into an answer about something else, with no end token between. So the
-    policy learns to write well, but seldom to stop, and that is left for GRPO to teach.
-    In some the topic has any other name, in the prompt and in the answer: so the policy
-    learns to look at the prompt for what to write about, and not only to know a few
-    hundred topics.
+    Most run on into another answer, drawn from all, with no end token between. So the
+    policy learns to write, but seldom to stop: that is left for GRPO to teach. In some
+    the topic is replaced by any other word, in the prompt and in the answer, so that
+    the policy learns to read in the prompt what to write about, and does not only
+    know the 385 topics of its texts.
     """
     varied = []
     for line in lines:
@@ -410,7 +412,7 @@ def encode_answers(
 ) -> list[tuple[list[int], list[int]]]:
     """(ids, targets) of each text: prompt, answer, end; no more than CONTEXT tokens.
 
-    The targets of the prompt are -100: it is read, but not learnt.
+    The targets of the prompt are -100: the loss does not count them.
     """
     prompts = [line["phrasing"].format(line["topic"]) for line in lines]
     prompt_ids = tokenizer(prompts).input_ids
@@ -437,9 +439,9 @@ def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optim
     """Muon for the matrices inside the layers, AdamW for all other weights.
 
     Muon (Jordan et al., 2024) makes all singular values of a matrix's step about equal,
-    so that directions that are seldom useful are learnt as well. With POLICY_TOKENS =
-    600_000, the loss on unseen topics ends at 3.90, and with AdamW for all weights, at
-    the same POLICY_LR, at 4.40. It needs PyTorch 2.9.
+    so that rarely useful directions are learned as well. With POLICY_TOKENS = 600_000,
+    the loss on held-out topics ends at 3.90; with AdamW for all weights, at the same
+    POLICY_LR, it ends at 4.40. It needs PyTorch 2.9.
     """
     named = list(model.named_parameters())  # GPT-2 calls its layers h.0, h.1 ...
     inner = [p for name, p in named if ".h." in name and p.dim() == 2]
@@ -459,9 +461,10 @@ def descend(
     optimizers: list[torch.optim.Optimizer],
     share: float,
 ) -> None:
-    """One gradient step. The learning rate depends on `share`, how much is done:
+    """One gradient step; `share` of the training is done.
 
-    up from 0 over the first 3 % of the training, then evenly down to 0.
+    The learning rate rises from 0 over the first 3 % of the training, then falls
+    linearly to 0.
     """
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -494,8 +497,8 @@ def train_policy(
 ) -> GPT2LMHeadModel:
     """Train in place on POLICY_TOKENS tokens; gives the copy from early on.
 
-    `names`: see `vary`; `held_out`: answers on unseen topics, as `encode_answers` makes
-    them, on which the loss is printed. These do not run on.
+    `names`: see `vary`; `held_out`: answers on held-out topics, as `encode_answers`
+    makes them, on which the loss is printed. These do not run on.
     """
     source, seen, early, step = random.Random(SEED), 0, None, 0
     pad = tokenizer.pad_token_id
@@ -518,7 +521,7 @@ def train_policy(
             if step % 200 == 0:
                 tqdm.write(
                     f"{seen:9,} tokens, loss {sum(recent) / len(recent):.3f}, "
-                    f"unseen topics {policy_loss(policy, held_out, pad):.3f} nats"
+                    f"held-out topics {policy_loss(policy, held_out, pad):.3f} nats"
                 )
                 recent = []
             if early is None and seen >= EARLY * POLICY_TOKENS:
@@ -543,7 +546,7 @@ def write_answers(
     encoded = tokenizer(prompts).input_ids
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     answers = [""] * len(prompts)
-    while order:  # prompts of one length go together: nothing to fill up
+    while order:  # prompts of one length go together: no padding
         length = len(encoded[order[0]])
         batch = [i for i in order[:batch_size] if len(encoded[i]) == length]
         order = order[len(batch) :]
@@ -569,14 +572,14 @@ def write_answers(
 
 
 def cut_short(text: str, source: random.Random) -> str:
-    """Broken off in the middle of a sentence, or before the first word."""
+    """Cut in the middle of a sentence, or before the first word."""
     words = text.split()
     ends = [n for n in range(1, len(words)) if words[n - 1][-1] not in ".!?"]
     return " ".join(words[: source.choice([0, *ends])]).rstrip(",;:")
 
 
 def repeat(text: str, source: random.Random) -> str:
-    """A sentence in place of all others, or a few words said over and over."""
+    """One sentence in place of all others, or a few words many times over."""
     sentences = re.findall(r"[^.!?]+[.!?]+", text)
     if source.random() < 0.4 and sentences:
         return " ".join([source.choice(sentences).strip()] * source.randint(2, 3))
@@ -589,7 +592,7 @@ def repeat(text: str, source: random.Random) -> str:
 
 
 def scramble(text: str, source: random.Random) -> str:
-    """The words in another order, all of them or those of a stretch of the text."""
+    """The words in another order: all of them, or only six or ten in a row."""
     words = text.split()
     size = source.choice([6, 10, len(words)])
     start = source.randrange(max(1, len(words) - size + 1))
@@ -599,7 +602,7 @@ def scramble(text: str, source: random.Random) -> str:
 
 
 def stuff(text: str, topic: str, source: random.Random) -> str:
-    """The topic named often instead of written about: what a policy might try."""
+    """The topic named many times instead of explained: what a policy might try."""
     if source.random() < 0.6:  # put in at random places
         words = text.split()
         for _ in range(source.randint(3, 6)):
@@ -610,9 +613,9 @@ def stuff(text: str, topic: str, source: random.Random) -> str:
 
 
 def run_on(text: str, other: str, source: random.Random) -> str:
-    """The answer, or its first sentence, and then the start of one about another topic.
+    """The answer, or its first sentence, then the start of one about another topic.
 
-    So the policy was taught to write (`vary`), and it may come to do so earlier.
+    The policy was trained to write like this (`vary`).
     """
     if source.random() < 0.5:
         text = re.match(r"[^.!?]*[.!?]*", text)[0]
@@ -627,15 +630,15 @@ def break_by_rule(
 ) -> dict[str, str]:
     """An answer with each of the flaws that need no policy, by the flaw's name.
 
-    `lines`: all answers, to take one about something else from; `names`: what the
-    misnamed answer may be said to be about. It is the teacher's own but for that, so
-    only a comparison with the prompt tells it from the right one.
+    `lines`: all answers, from which one about another topic is drawn; `names`: what
+    the misnamed answer may call its topic. Apart from that name it is the teacher's
+    answer, so only a comparison with the prompt tells the two apart.
     """
     text, topic, other = line["text"], line["topic"], line
     while other["topic"] == topic or mentions(other["text"], topic):
         other = source.choice(lines)
     misnamed = rename(text, topic, source.choice([n for n in names if n != topic]))
-    if misnamed == text:  # there is nothing to rename: off topic once more
+    if misnamed == text:  # it does not name its topic: off topic, again
         misnamed = other["text"]
     return {
         "off topic": other["text"],
@@ -665,7 +668,7 @@ def write_worse(
 def encode_for_reward(
     tokenizer: PreTrainedTokenizerFast, prompts: list[str], texts: list[str]
 ) -> dict[str, torch.Tensor]:
-    """A prompt with an answer in each row, as `score_responses` of lesson 4 does it."""
+    """A prompt with an answer in each row, as lesson 4 encodes them."""
     return tokenizer(
         prompts,
         texts,
@@ -685,9 +688,9 @@ def train_reward_model(
 ) -> None:
     """Train in place on REWARD_TOKENS tokens.
 
-    `names`: what else a topic may be called; `by_policy`: to each line the answer that
-    a policy wrote, by the flaw's name. A line is compared with one answer with each of
-    the HARD flaws, and with others up to WORSE in all.
+    `names`: other names for a topic; `by_policy`: for each line the answer that a
+    policy wrote, by the flaw's name. Each line is compared with WORSE worse answers:
+    one with each of the HARD flaws, the rest drawn from the other flaws.
     """
     source, seen, recent, step = random.Random(SEED), 0, [], 0
     optimizers = make_optimizers(model, REWARD_LR)
@@ -701,7 +704,7 @@ def train_reward_model(
             for i in batch:
                 line, written = lines[i], by_policy[i]
                 # Half the time the topic gets any other name, in prompt and answers:
-                # the model has to compare the two, not to know a few hundred topics.
+                # the model must compare the two, not memorise the 385 topics.
                 if source.random() < 0.5 and is_named(line["topic"], line["text"]):
                     old, new = line["topic"], source.choice(names)
                     line = line | {"topic": new, "text": rename(line["text"], old, new)}
@@ -731,7 +734,7 @@ def train_reward_model(
 def save_pairs(
     lines: list[dict[str, str]], worse: list[dict[str, str]], path: Path
 ) -> None:
-    """Write the pairs of the held-out topics, for the benchmark to try again."""
+    """Write the pairs of the held-out topics, on which the benchmark tests."""
     temporary = path.with_name(path.name + ".tmp")
     with gzip.open(temporary, "wt") as file:
         for line, flawed in zip(lines, worse, strict=True):
@@ -742,7 +745,7 @@ def save_pairs(
 
 
 @torch.no_grad()
-def ordered_rightly(
+def pairwise_accuracy(
     model: GPT2ForSequenceClassification,
     tokenizer: PreTrainedTokenizerFast,
     lines: list[dict[str, str]],
@@ -773,7 +776,7 @@ def ordered_rightly(
 
 
 def main() -> None:
-    """Make whatever is missing of the texts, then both models anew."""
+    """Write the texts if they are missing, then train both models."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     topics = read_topics(TOPICS)
@@ -782,20 +785,20 @@ def main() -> None:
     if not TEXTS.exists():
         if not Path(TEACHER).is_dir():
             sys.exit(
-                f"There is neither {TEXTS.name} nor a folder {TEACHER}: the "
-                "README.md beside this script says how to get one of the two."
+                f"Found neither {TEXTS.name} nor a folder {TEACHER}: the README.md "
+                "beside this script says how to get one of the two."
             )
         torch.manual_seed(SEED)
         write_texts(TEACHER, topics, TEXTS)
     with gzip.open(TEXTS, "rt") as file:
         lines = clean([json.loads(line) for line in file])
-    unseen_topics = set(topics[HELD_OUT])
-    unseen = [line for line in lines if line["topic"] in unseen_topics]
-    lines = [line for line in lines if line["topic"] not in unseen_topics]
+    held_out_topics = set(topics[HELD_OUT])
+    unseen = [line for line in lines if line["topic"] in held_out_topics]
+    lines = [line for line in lines if line["topic"] not in held_out_topics]
     print(f"{len(lines):,} answers to train on; {len(unseen):,} on topics held out.")
 
     # 2. The tokenizer.
-    names = words_to_name(lines, unseen_topics)
+    names = words_to_name(lines, held_out_topics)
     prompts = [line["phrasing"].format(line["topic"]) for line in lines]
     tokenizer = train_tokenizer([line["text"] for line in lines] + prompts, VOCABULARY)
 
@@ -814,9 +817,9 @@ def main() -> None:
     # 4. Worse answers.
     torch.manual_seed(SEED)
     source = random.Random(SEED)
-    by_policy = [{} for _ in lines]  # to each line one that a policy wrote ...
+    by_policy = [{} for _ in lines]  # for each line, one that a policy wrote ...
     unseen_worse = [
-        break_by_rule(line, unseen, sorted(unseen_topics), source) for line in unseen
+        break_by_rule(line, unseen, sorted(held_out_topics), source) for line in unseen
     ]
     for n, flaw in enumerate(BY_POLICY):
         written = write_worse(lines[n::2], flaw, early, policy, tokenizer)
@@ -824,7 +827,7 @@ def main() -> None:
             flawed[flaw] = text
         written = write_worse(unseen, flaw, early, policy, tokenizer)
         for flawed, text in zip(unseen_worse, written, strict=True):
-            flawed[flaw] = text  # ... and to each on an unseen topic both
+            flawed[flaw] = text  # ... and for each on a held-out topic, both
     save_pairs(unseen, unseen_worse, PAIRS)
 
     # 5. The reward model.
@@ -832,9 +835,11 @@ def main() -> None:
     train_reward_model(model, tokenizer, lines, names, by_policy)
     save_model(model, tokenizer, FOLDER / "reward")
 
-    # 6. The topics that neither has seen.
-    print("Pairs ordered rightly, on topics never seen:")
-    for flaw, share in ordered_rightly(model, tokenizer, unseen, unseen_worse).items():
+    # 6. The held-out topics.
+    print("Pairwise accuracy on held-out topics:")
+    for flaw, share in pairwise_accuracy(
+        model, tokenizer, unseen, unseen_worse
+    ).items():
         print(f"  {flaw:14}{share:7.1%}")
 
 
