@@ -1,18 +1,19 @@
-"""The pair in grpo_tiny/: what the reward model prefers, and what GRPO makes of it.
+"""The models in grpo_tiny/: pairwise accuracy of the reward model, and GRPO's gain.
 
     REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo_tiny.py
 
-REAL_MODEL is the folder of the independent judge; tests/benchmarks/grpo.py says how to
-get it from a package. It is the model that wrote the texts the pair was trained on, and
-judges by the mean log-likelihood, in nats a token, that it gives a response, asked the
-prompt. GRPO never sees it, nor did the reward model.
+REAL_MODEL is the judge's folder; tests/benchmarks/grpo.py says how to get it from a
+package. The judge scores a response by its mean log-likelihood in nats a token, given
+the prompt. GRPO never uses it, but it is not independent: it is the teacher that wrote
+the texts which the reward model was trained to prefer.
 
-* Pairs: the teacher's answers, on topics that neither model ever saw, against an answer
-  with each flaw (grpo_tiny/held_out_pairs.jsonl.gz, written by make_tiny.py).
-* GRPO: the lesson's main() on the pair, its settings as they come, for ten seeds;
+* Pairs: the teacher's answers on held-out topics, against an answer with each flaw
+  (grpo_tiny/held_out_pairs.jsonl.gz, written by make_tiny.py). Neither model was
+  trained on a prompt or an answer about these topics.
+* GRPO: the lesson's main() on the two models with its default settings, for ten seeds;
   before and after, 256 fresh responses to the prompt that is trained, and 32 to each of
-  8 others, 4 of which name topics that were held out of both trainings. Seeds 0 to 9
-  were looked at when TINY_LR was chosen; 10 to 14 took no part in that.
+  8 others, 4 of which are about held-out topics. Seeds 0 to 9 were looked at when
+  TINY_LR was chosen; seeds 10 to 14 are held out.
 """
 
 import gzip
@@ -46,7 +47,7 @@ sys.path[:0] = str(ROOT), str(TINY)
 from make_tiny import HELD_OUT, TOPICS, read_topics  # noqa: E402
 
 topics = read_topics(TOPICS)[HELD_OUT]
-UNSEEN = [f"Explain why {topic} is important." for topic in topics[:40:10]]
+HELD_OUT_TOPICS = [f"Explain why {topic} is important." for topic in topics[:40:10]]
 
 
 def measure(policy_folder):
@@ -58,7 +59,7 @@ def measure(policy_folder):
     policy, tokenizer = lesson.load_policy(str(policy_folder))
     reward = lesson.load_reward_model(str(TINY / "reward"))
     found = {}
-    for prompt in [TRAINED, *OTHERS, *UNSEEN]:
+    for prompt in [TRAINED, *OTHERS, *HELD_OUT_TOPICS]:
         count = SAMPLES if prompt == TRAINED else OTHER_SAMPLES
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         completions = lesson.generate_group(
@@ -85,13 +86,13 @@ def measure(policy_folder):
 
 
 def run(seed):
-    """The lesson's main() on the pair, then `measure` of the policy that it saves."""
+    """The lesson's main() on the two models, then `measure` of the saved policy."""
     import grpo_training as lesson
 
     lesson.POLICY_MODEL_NAME = str(TINY / "policy")
     lesson.REWARD_MODEL_NAME = str(TINY / "reward")
     lesson.SEED = seed
-    if "TINY_LR" in os.environ:  # to look for a better one
+    if "TINY_LR" in os.environ:  # to try another one
         lesson.TINY_LR = float(os.environ["TINY_LR"])
     with tempfile.TemporaryDirectory() as folder:
         lesson.SAVE_DIR = f"{folder}/trained_model"
@@ -103,7 +104,7 @@ def run(seed):
 
 
 def pairs():
-    """Share of the held-out pairs that the reward model orders rightly, by flaw."""
+    """Pairwise accuracy of the reward model on the held-out pairs, by flaw."""
     import grpo_training as lesson
 
     reward = lesson.load_reward_model(str(TINY / "reward"))
@@ -195,7 +196,7 @@ def main():
         print("\n" + json.dumps(result))
         return
     found = row("pairs")
-    print(f"reward model: {found.pop('pairs')} held-out answers; ordered rightly")
+    print(f"reward model: {found.pop('pairs')} held-out answers; pairwise accuracy")
     for flaw, share in found.items():
         print(f"  against {flaw:16}{share:7.1%}")
 
@@ -215,9 +216,12 @@ def main():
         "length": untrained["length"],
         "cut off": untrained["cut off"],
     }
-    print("GRPO    seconds  reward  gain in stds: trained  others  unseen", end="")
+    print(
+        "GRPO    seconds  reward  gain in stds: trained  others  held-out topics",
+        end="",
+    )
     print("  distinct-2   judge  tokens  cut off")
-    print(f"before{start['reward']:17.2f}{start['distinct-2']:44.3f}", end="")
+    print(f"before{start['reward']:17.2f}{start['distinct-2']:60.3f}", end="")
     print(f"{start['judge'] or 0:8.3f}{start['length']:8.1f}{start['cut off']:9.0%}")
     for seed in SEEDS:
         after = row("run", seed)
@@ -228,7 +232,7 @@ def main():
             "reward": statistics.mean(trained["rewards"]),
             "gain": gain(before, after, [TRAINED]),
             "gain on others": gain(before, after, OTHERS),
-            "gain on unseen": gain(before, after, UNSEEN),
+            "gain on held-out topics": gain(before, after, HELD_OUT_TOPICS),
             "distinct-2": distinct_2(trained["texts"]),
             "judge": judged(trained),
             "length": trained["length"],
@@ -239,15 +243,13 @@ def main():
         print(
             f"seed {seed}{result['seconds']:9.1f}{result['reward']:8.2f}"
             f"{result['gain']:23.2f}{result['gain on others']:8.2f}"
-            f"{result['gain on unseen']:8.2f}{result['distinct-2']:12.3f}"
+            f"{result['gain on held-out topics']:17.2f}{result['distinct-2']:12.3f}"
             f"{result['judge'] or 0:8.3f}{result['length']:8.1f}"
             f"{result['cut off']:9.0%}",
             flush=True,
         )
-    summary = {f"pairs ordered rightly, {f}, %": 100 * s for f, s in found.items()}
-    summary["pairs ordered rightly, all flaws, %"] = 100 * statistics.mean(
-        found.values()
-    )
+    summary = {f"pairwise accuracy, {f}, %": 100 * s for f, s in found.items()}
+    summary["pairwise accuracy, all flaws, %"] = 100 * statistics.mean(found.values())
     summary["cut off before, %"] = 100 * start["cut off"]
     summary["seconds of a run, most"] = max(r["seconds"] for r in runs)
     for part in runs[:5], runs[5:]:
@@ -256,8 +258,8 @@ def main():
             "gain on other prompts, stds, least": min(
                 r["gain on others"] for r in part
             ),
-            "gain on unseen topics, stds, least": min(
-                r["gain on unseen"] for r in part
+            "gain on held-out topics, stds, least": min(
+                r["gain on held-out topics"] for r in part
             ),
             "distinct-2 kept, %, least": min(
                 100 * r["distinct-2"] / start["distinct-2"] for r in part
