@@ -17,8 +17,8 @@ The steps
        written by the small policy.
     5. The reward model starts as a copy of the policy with a single number as its
        output, and is trained to score the teacher's answer above each worse one.
-    6. Both are saved, and evaluated on held-out topics. Neither model was trained on a
-       prompt or an answer about these, but 28 of the 42 names occur in training texts.
+    6. Both are saved, and evaluated on held-out topics: no answer about these was used
+       in training, although 28 of the 42 names occur in answers about other topics.
 
 Symbols (B prompts, L tokens in the longest text, V tokens in the vocabulary, and K =
 WORSE worse answers to a prompt)
@@ -100,7 +100,7 @@ POLICY_BATCH, POLICY_LR = 20, 2e-3  # texts in a gradient step; highest learning
 RAMBLING = 0.9  # share of its texts that run on about something else: see `vary`;
 #                 with less, more of its responses stop by themselves
 RENAMED = 0.25  # chance that a text's topic is replaced by any other word; 94 % of the
-#                 texts name their topic word for word and can be renamed: 23.7 % are
+#                 texts name their topic word for word and can be renamed: 23.6 % are
 EARLY = 0.03  # the early copy is made after this share of the training
 
 # The reward model
