@@ -58,6 +58,7 @@ def clock(seconds: float | None) -> str:
 def save(seconds: dict[str, float], finished: list[str]) -> None:
     """Keep the times, and what this round has finished, whatever happens next."""
     temporary = TIMES.with_name(TIMES.name + ".tmp")
+    seconds = {each: seconds[each] for each in COMMANDS if each in seconds}
     kept = {"seconds": seconds, "finished in this round": finished}
     temporary.write_text(json.dumps(kept, indent=1) + "\n")
     os.replace(temporary, TIMES)

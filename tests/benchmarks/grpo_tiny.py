@@ -8,8 +8,8 @@ the prompt. GRPO never uses it, but it is not independent: it is the teacher tha
 the texts which the reward model was trained to prefer.
 
 * Pairs: the teacher's answers on held-out topics, against an answer with each flaw
-  (grpo_tiny/held_out_pairs.jsonl.gz, written by make_tiny.py). Neither model was
-  trained on a prompt or an answer about these topics.
+  (grpo_tiny/held_out_pairs.jsonl.gz, written by make_tiny.py). No answer about these
+  topics was used in training.
 * GRPO: the lesson's main() on the two models with its default settings, for ten seeds;
   before and after, 256 fresh responses to the prompt that is trained, and 32 to each of
   8 others, 4 of which are about held-out topics. Seeds 0 to 9 were looked at when

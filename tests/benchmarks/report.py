@@ -70,14 +70,15 @@ out, and the peak memory is that of the whole process. *End to end* is the lesso
 response contains.""",
     "grpo_tiny": """\
 The bundled models of [`grpo_tiny/`](../../grpo_tiny/README.md). *Pairwise accuracy* is
-the share of pairs, on held-out topics, in which the reward model scores the teacher's
-answer above the one with a flaw. GRPO is the lesson's own `main()`, compared before and
-after by fresh responses. *Gain* is the rise of the mean reward in standard deviations
-of the rewards before; *distinct-2* the share of pairs of neighbouring words, over all
-responses, that differ; *cut off* the share of responses that reach the limit of tokens.
-The *judge* is the teacher's mean log-likelihood of the responses, in nats a token. It
-is not independent: the teacher wrote the texts that the reward model prefers. The
-learning rate was chosen with a look at seeds below 10; the others are held out.""",
+the share of pairs, on held-out topics (no answer about them was used in training), in
+which the reward model scores the teacher's answer above the one with a flaw. GRPO is
+the lesson's own `main()`, compared before and after by fresh responses. *Gain* is the
+rise of the mean reward in standard deviations of the rewards before; *distinct-2* the
+share of pairs of neighbouring words, over all responses, that differ; *cut off* the
+share of responses that reach the limit of tokens. The *judge* is the teacher's mean
+log-likelihood of the responses, in nats a token. It is not independent: the teacher
+wrote the texts that the reward model prefers. The learning rate was chosen with a look
+at seeds below 10; the others are held out.""",
 }
 
 # What is claimed: the results (and what follows their command), the claim, its figure.
@@ -186,8 +187,8 @@ CLAIMS = [
     ),
     (
         "grpo_tiny",
-        "The price: responses become more alike",
-        "at least {seeds 10 to 14: distinct-2 kept, %, least} % of distinct-2 kept",
+        "The price is that responses become more alike (distinct-2)",
+        "at least {seeds 10 to 14: distinct-2 kept, %, least} % kept",
     ),
 ]
 
@@ -313,7 +314,8 @@ def quotes(name: str, value: object) -> list[str]:
 
 def figure_of(claim: str, result: dict) -> str:
     """The text of a claim's figure, every {name} replaced by what was measured."""
-    found = {"runs": len(result.get("runs", []))} | result.get("summary", {})
+    found = {"runs": len(result["runs"])} if "runs" in result else {}
+    found |= result.get("summary", {})
     for key, part in result.items():
         if isinstance(part, dict):
             found |= {f"{key}: {name}": value for name, value in part.items()}
