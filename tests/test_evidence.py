@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -261,9 +262,13 @@ def test_the_times_are_on_the_page_and_no_result_of_their_own(tmp_path):
     assert "times.py" not in page
 
 
-def test_the_fake_scripts_run_with_this_python(rerun):
+def test_each_command_gets_this_python_the_model_and_one_core(rerun):
     (rerun.ROOT / "a.py").write_text(
-        "import sys; open('log.txt', 'a').write(sys.executable)"
+        "import os, sys; cores = getattr(os, 'sched_getaffinity', lambda _: [0])(0); "
+        "seen = sys.executable, os.environ['REAL_MODEL'], len(cores); "
+        "open('log.txt', 'a').write(repr(seen))"
     )
-    assert rerun.run("a.py") and ran(rerun) == sys.executable
+    assert rerun.run("a.py")
+    if shutil.which("taskset"):
+        assert ran(rerun) == repr((sys.executable, "model", 1))
     assert not rerun.run("missing.py")
