@@ -92,7 +92,7 @@ CLAIMS = [
     ),
     (
         "cartpole",
-        "This takes seconds",
+        "Training takes seconds",
         "median {median seconds} s, slowest {slowest seconds} s",
     ),
     (
@@ -109,7 +109,7 @@ CLAIMS = [
     ),
     (
         "tictactoe",
-        "This takes seconds",
+        "Training takes seconds",
         "median {median seconds} s, slowest {slowest seconds} s",
     ),
     (
@@ -124,7 +124,7 @@ CLAIMS = [
     ),
     (
         "lunarlander",
-        "This takes about a minute, most of it for the simulation",
+        "Training takes about a minute, most of it for the simulation",
         "median {median seconds} s, slowest {slowest seconds} s; "
         "{times its own stepping, median} times its own stepping",
     ),
