@@ -2,16 +2,16 @@
 
 What you will learn
     How an agent improves from rewards alone: it tries actions at random, and each one
-    becomes more likely the better things went after it. The task: a pole stands on a
-    cart, which the agent pushes left or right 50 times a second. Each step earns 1. An
-    episode ends when the pole leans by 12 degrees, at 2.4 m from the middle, or after
-    500 steps.
+    becomes more likely the better things went after it.
+    The task: a pole stands on a cart, which the agent pushes left or right 50 times a
+    second. Each step brings a reward of 1. An episode ends when the pole leans by 12
+    degrees, when the cart is 2.4 m from the middle, or after 500 steps.
 
 The algorithm in 6 steps
     1. Start from a policy: a network that gives each action a probability.
-    2. Play whole episodes with it, drawing each action with that probability.
-    3. Give each step its return, the discounted sum of the rewards that followed, and
-       its advantage: how far that return lies above the mean return of the batch.
+    2. Play a batch of whole episodes, drawing each action with that probability.
+    3. Give each step its return, the sum of the rewards that followed, later ones
+       counting less, and its advantage: the return minus the mean over the batch.
     4. Take one gradient step that makes the actions with a positive advantage more
        likely, and those with a negative advantage less likely.
     5. Repeat from 2 with the new policy, until it is *perfect*: it never drops the pole
@@ -31,11 +31,11 @@ Where this differs from the book (Sutton & Barto, 2nd ed., chapter 13), and why
     * One update by Adam after 16 episodes, where the book makes one by plain gradient
       ascent for each step. A batch gives a steadier direction; Adam scales the step.
     * The mean return of the batch is subtracted, where the book (section 13.4) has a
-      *value function*: a second network, which predicts the return from s_t.
+      *value function*: a second network, which predicts the return from s_t. Simpler.
     * The factor gamma^t is left out, as in nearly all code: with it, steps after the
       first few hundred would hardly count. `reinforce_loss` says what that costs.
-    * The limit of 500 steps counts as an end like a fall, so the last returns are too
-      low. Lesson 3 adds what its value function expects to follow; here there is none.
+    * The limit of 500 steps counts as an end like a fall, so the returns before it are
+      too low. Completing them takes a value function; lesson 3 has one and does so.
 
 Run it, and what you should see
     python train_cartpole.py     4 seconds on one core of a server CPU, no GPU
@@ -47,15 +47,15 @@ Run it, and what you should see
            485.3       500.0       320           0.494   -0.0116   and late
     The mean of the last 100 scores should rise; at 475 the task is *solved*. Entropy is
     how undecided the policy is: ln 2 = 0.693 nats (the unit of ln) for a coin flip, 0
-    if certain. A slow fall is healthy, to 0.40-0.54 in seeds 0-7; below 0.1 with low
+    if certain. A slow fall is healthy, to 0.40-0.51 in seeds 0-7; below 0.1 with low
     scores LEARNING_RATE is too big. The loss (-0.6 to 0.4) is no measure of progress:
     it compares the steps of one batch. What else goes wrong: README.md, Debugging.
 
 To change the task
-    For Acrobot-v1: ENV_ID; 4 and 2 in PolicyNetwork become 6 and 3; `perfect = solved`
-    in main(), as no score is perfect; new names for the files. LEARNING_RATE = 0.005
-    solves it with seeds 1 and 2, after 800 and 560 episodes. With seed 0, no episode of
-    1,500 reaches the goal, so none is better than another, and nothing is learned.
+    Acrobot-v1: change ENV_ID and the file names; in PolicyNetwork, 4 becomes 6 and 2
+    becomes 3; in main(), `perfect = solved`, as no score is perfect. LEARNING_RATE =
+    0.005 solves it with seeds 1 and 2, after 800 and 560 episodes. With seed 0 none of
+    1,500 episodes reaches the goal: none is better than another, nothing is learned.
 
 Try this (seeds 0-2, with MAX_EPISODES = 1_500; medians)
     * EPISODES_PER_UPDATE = 1 and LEARNING_RATE = 0.01: perfect after 376 episodes,
@@ -111,13 +111,14 @@ WEIGHTS_PATH = Path(__file__).with_name("cartpole_reinforce.pth")
 CURVE_PATH = Path(__file__).with_name("cartpole_learning_curve.png")
 
 # Given by the task
-SOLVED_SCORE = gym.spec(ENV_ID).reward_threshold  # 475, mean of the last 100 episodes
+SOLVED_SCORE = gym.spec(ENV_ID).reward_threshold  # 475: solved, if the last 100
+#                                                   training episodes reach this mean
 FULL_SCORE = gym.spec(ENV_ID).max_episode_steps  # 500: the pole never fell
 CLASSIC_SCORE = 195  # "solved" for the older CartPole-v0, which ended at 200 steps
 
-# No purpose replays the episodes of another: training draws its starts from SEED, the
-# check for a perfect policy from CHECK_SEED (the same 1,000 starts at each check), and
-# held-out episode i has the seed HELD_OUT_SEED + i.
+# Three separate sets of starting states: training draws them from SEED, the check for a
+# perfect policy from CHECK_SEED (the same CHECK_EPISODES each time), and held-out
+# episode i has the seed HELD_OUT_SEED + i.
 CHECK_SEED = 500_000
 HELD_OUT_SEED = 1_000_000
 
@@ -150,16 +151,17 @@ class PolicyNetwork(nn.Module):
 # The equations
 # ------------------------------------------------------------------------------------
 
-# Why ln pi? We want to raise J, the expected return. In a state s in which action a
-# brings the return G(a), it is J = sum_a pi(a|s) G(a). The derivative of a logarithm
-# gives grad pi = pi * grad ln pi (grad: by the weights), so the *policy gradient* is
+# Why ln pi? We want to raise J, the expected return, by changing the network's weights;
+# grad is the derivative with respect to them. In a state s where action a brings the
+# return G(a), J = sum_a pi(a|s) G(a). As grad ln pi = grad pi / pi, its gradient, the
+# *policy gradient*, is
 #
 #     grad J = sum_a grad pi(a|s) G(a) = sum_a pi(a|s) * [ G(a) grad ln pi(a|s) ].
 #
-# The last sum is the mean of the bracket over actions drawn from pi. We need not try
-# every action, nor know how the pole moves: play, and average the bracket. Over an
-# episode, such terms add up, one for each step (section 13.2). Each action gets the
-# return that followed it, since it had no influence on earlier rewards.
+# The last sum is the mean of the bracket over actions drawn from pi. There is no need
+# to try every action, nor to know how the pole moves: play, and average the bracket.
+# Over an episode, such terms add up, one for each step (section 13.2). An action gets
+# only the rewards that followed it, since it had no influence on earlier ones.
 #
 # Why may a *baseline* b be subtracted from the return? Probabilities add up to 1, so
 #
@@ -280,7 +282,7 @@ def evaluate(
 
 
 def is_perfect(policy: Policy) -> bool:
-    """Learning ends here: True if no greedy episode of CHECK_EPISODES ends early."""
+    """When learning ends: no pole falls in CHECK_EPISODES episodes, played greedily."""
     env = gym.make_vec(ENV_ID, num_envs=CHECK_EPISODES)
     _, _, rewards, _ = play_episodes(env, policy, CHECK_SEED, greedy=True)
     return bool((rewards.sum(0) == FULL_SCORE).all())
@@ -301,7 +303,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     policy = PolicyNetwork(HIDDEN_UNITS)
     optimizer = torch.optim.Adam(policy.parameters(), lr=LEARNING_RATE)
-    env = gym.make_vec(ENV_ID, num_envs=EPISODES_PER_UPDATE)  # in NumPy: all at once
+    env = gym.make_vec(ENV_ID, num_envs=EPISODES_PER_UPDATE)  # N copies at once
     scores, perfect, milestones = [], False, [CLASSIC_SCORE, SOLVED_SCORE]
 
     with keep_unfinished_run(
@@ -327,7 +329,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
 
-            # 5. Again, until the task is solved and the policy perfect.
+            # 5. Again, until the task is solved and the policy is perfect.
             scores += rewards.sum(0).tolist()
             solved = len(scores) >= 100 and np.mean(scores[-100:]) >= SOLVED_SCORE
             perfect = solved and is_perfect(policy)
@@ -463,8 +465,8 @@ def print_header() -> None:
     """Say what runs, for how long, and how to read the table that follows."""
     print(f"REINFORCE on {ENV_ID}, seed {SEED}, on the CPU (a GPU is slower here).")
     print(f"At most {MAX_EPISODES:,} episodes; most seeds need about 500, 5 seconds.")
-    print(f"'last 100', the mean score, should rise, to {SOLVED_SCORE:g} (solved) and")
-    print("beyond; entropy should fall slowly. The loss does not show progress.\n")
+    print(f"'last 100', the mean score, should rise to {SOLVED_SCORE:g} and more.")
+    print("Entropy should fall slowly. The loss does not show progress.\n")
     print("last 100  this batch  episodes  entropy (nats)      loss")
 
 

@@ -284,7 +284,7 @@ def test_solved_but_not_perfect_goes_on_to_the_end_of_the_budget(
     with pytest.raises(SystemExit, match="Not perfect after 128 episodes"):
         lesson.main()
     printed = capsys.readouterr().out
-    assert printed.count("-- 20 after 112 episodes --") == 1
+    assert printed.count("-- 20 after") == printed.count("-- 20 after 112 ") == 1
     assert printed.count("-- solved, but not perfect") == 2
     assert not lesson.WEIGHTS_PATH.exists()
 
