@@ -465,7 +465,7 @@ def print_header() -> None:
     """Say what runs, for how long, and how to read the table that follows."""
     print(f"REINFORCE on {ENV_ID}, seed {SEED}, on the CPU (a GPU is slower here).")
     print(f"At most {MAX_EPISODES:,} episodes; most seeds need about 500, 5 seconds.")
-    print(f"'last 100', the mean score, should rise to {SOLVED_SCORE:g} and more.")
+    print(f"'last 100', the mean score, should rise to {SOLVED_SCORE:g} (solved).")
     print("Entropy should fall slowly. The loss does not show progress.\n")
     print("last 100  this batch  episodes  entropy (nats)      loss")
 
