@@ -1,22 +1,19 @@
 """Measure the CartPole agent that train_cartpole.py made, then watch it balance.
 
 What you will learn
-    How to judge a trained policy: on many episodes with seeds that training never saw,
+    How to judge a trained policy: on many episodes with seeds that training never used,
     with the spread and the worst case beside the mean, and next to a random policy.
 
-Run it
-    python cartpoleinference.py
-
-    It prints a table and shows one episode: in a window where there is a display,
-    else as `cartpole.gif`. A few seconds in all, plus 10 for the window.
-
-What you should see
-    greedy    500.0 +- 0.0, minimum 500: taking the likeliest action, the pole never
+Run it, and what you should see
+    python cartpoleinference.py     a few seconds, plus 10 for the window
+    It prints a table and shows one episode: in a window where there is a display, else
+    as `cartpole.gif`.
+    greedy    500.0 +- 0.0, minimum 500: taking the most likely action, the pole never
               falls. 500 is the most, since CartPole-v1 ends an episode there.
     sampled   498.2 +- 9.6, minimum 438: drawing each action at random, as in training,
               it falls in 4 of 100 episodes. (train_cartpole.py prints 498.7: other
               draws.)
-    random    22.4 +- 12.1: what the task gives to an agent that learned nothing.
+    random    22.4 +- 12.1: the score of an agent that learned nothing.
 """
 
 import os
@@ -28,16 +25,8 @@ import pygame
 import torch
 from PIL import Image
 
-from train_cartpole import (
-    ENV_ID,
-    FULL_SCORE,
-    HELD_OUT_EPISODES,
-    HELD_OUT_SEED,
-    WEIGHTS_PATH,
-    PolicyNetwork,
-    evaluate,
-    load_policy,
-)
+import train_cartpole as lesson
+from train_cartpole import ENV_ID, PolicyNetwork, load_policy
 
 # ------------------------------------------------------------------------------------
 # Settings
@@ -61,24 +50,56 @@ def random_policy(observations: torch.Tensor) -> torch.Tensor:
 
 def print_report(policy: PolicyNetwork) -> None:
     """Print mean, std, minimum and full episodes: greedy, sampled and random."""
-    print(f"{HELD_OUT_EPISODES} episodes of {ENV_ID}, seeds from {HELD_OUT_SEED:,}:\n")
+    episodes, first_seed = lesson.HELD_OUT_EPISODES, lesson.HELD_OUT_SEED
+    print(f"{episodes} episodes of {ENV_ID}, seeds from {first_seed:,}:\n")
     print("policy      mean +-   std   minimum   full episodes")
     for name, player, greedy in [
         ("greedy", policy, True),
         ("sampled", policy, False),
         ("random", random_policy, False),
     ]:
-        scores = evaluate(player, HELD_OUT_EPISODES, HELD_OUT_SEED, greedy)
-        full, std = (scores == FULL_SCORE).sum(), scores.std(correction=0)
-        print(
-            f"{name:8}{scores.mean():8.1f} +-{std:6.1f}{scores.min():10g}"
-            f"{full:10} of {HELD_OUT_EPISODES}"
-        )
+        scores = lesson.evaluate(player, episodes, first_seed, greedy)
+        mean, std, low = scores.mean(), scores.std(correction=0), scores.min()
+        full = (scores == lesson.FULL_SCORE).sum()
+        print(f"{name:8}{mean:8.1f} +-{std:6.1f}{low:10g}{full:10} of {episodes}")
 
 
 # ------------------------------------------------------------------------------------
 # Showing
 # ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def play_one_episode(policy: PolicyNetwork, env: gym.Env) -> tuple[int, list]:
+    """Play one greedy episode; give its score and, in mode "rgb_array", its frames."""
+    frames, score, ended, window = [], 0, False, env.render_mode == "human"
+    observation, _ = env.reset(seed=lesson.HELD_OUT_SEED)
+    while not ended:
+        if not window:  # a window is drawn by the environment itself
+            frames.append(env.render())
+        action = policy(torch.from_numpy(observation)[None]).argmax().item()
+        observation, reward, terminated, truncated, _ = env.step(action)
+        score += int(reward)
+        closed = window and pygame.event.peek(pygame.QUIT)
+        ended = terminated or truncated or closed
+    return score, frames
+
+
+def show(policy: PolicyNetwork) -> None:
+    """Show an episode in a window if there is a display, else write it as a GIF."""
+    window = has_display()
+    if window:
+        print("\nA window shows one greedy episode. Close it to end sooner.")
+    env = gym.make(ENV_ID, render_mode="human" if window else "rgb_array")
+    score, frames = play_one_episode(policy, env)
+    env.close()
+    if window:
+        print(f"It lasted {score} of {lesson.FULL_SCORE} steps.")
+        return
+    first, *rest = (Image.fromarray(f).resize(GIF_SIZE) for f in frames[::GIF_EVERY])
+    duration = 20 * GIF_EVERY  # milliseconds a frame, so that it runs in real time
+    first.save(GIF_PATH, save_all=True, append_images=rest, duration=duration, loop=0)
+    print(f"\nNo display: {GIF_PATH.name} shows one greedy episode of {score} steps.")
 
 
 def has_display() -> bool:
@@ -96,48 +117,11 @@ def has_display() -> bool:
         pygame.display.quit()
 
 
-@torch.no_grad()
-def play_one_episode(policy: PolicyNetwork, env: gym.Env) -> tuple[int, list]:
-    """Play one greedy episode; give its score and, in mode "rgb_array", its frames."""
-    frames, score, ended = [], 0, False
-    observation, _ = env.reset(seed=HELD_OUT_SEED)
-    while not ended:
-        if env.render_mode == "rgb_array":  # mode "human" draws by itself
-            frames.append(env.render())
-        action = policy(torch.from_numpy(observation)[None]).argmax().item()
-        observation, reward, terminated, truncated, _ = env.step(action)
-        score += int(reward)
-        ended = terminated or truncated
-    return score, frames
-
-
-def show(policy: PolicyNetwork) -> None:
-    """Show an episode in a window if there is a display, else write it as a GIF."""
-    if has_display():
-        print("\nA window shows one greedy episode. Ctrl-C here closes it.")
-        env = gym.make(ENV_ID, render_mode="human")
-        score, _ = play_one_episode(policy, env)
-        env.close()
-        print(f"It lasted {score} of {FULL_SCORE} steps.")
-        return
-
-    env = gym.make(ENV_ID, render_mode="rgb_array")
-    score, frames = play_one_episode(policy, env)
-    env.close()
-    images = [Image.fromarray(frame).resize(GIF_SIZE) for frame in frames[::GIF_EVERY]]
-    images[0].save(
-        GIF_PATH,
-        save_all=True,
-        append_images=images[1:],
-        duration=20 * GIF_EVERY,  # milliseconds a frame, so that it runs in real time
-        loop=0,
-    )
-    print(f"\nNo display: {GIF_PATH.name} shows one greedy episode of {score} steps.")
-
-
 def main() -> None:
     """Load the weights, print the report, show an episode."""
-    policy = load_policy(WEIGHTS_PATH)
+    if type(SHOW) is not bool or type(GIF_EVERY) is not int or GIF_EVERY < 1:
+        sys.exit("Settings: SHOW must be True or False, GIF_EVERY a whole number > 0.")
+    policy = load_policy()
     torch.manual_seed(ACTION_SEED)
     torch.set_num_threads(1)
     try:

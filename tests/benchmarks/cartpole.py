@@ -38,6 +38,7 @@ TRY_THIS = {
         "EPISODES_PER_UPDATE": 1,
         "LEARNING_RATE": 0.01,
     },
+    "EPISODES_PER_UPDATE = 1": {"EPISODES_PER_UPDATE": 1},
     "GAMMA = 0.9": {"GAMMA": 0.9},
     "GAMMA = 1.0": {"GAMMA": 1.0},
     "LEARNING_RATE = 0.2": {"LEARNING_RATE": 0.2},
@@ -84,7 +85,7 @@ def train(seed: int, **changes) -> tuple[dict, list[float]]:
         "episodes": len(curve),
         "best mean of 100": float(max(running_mean(curve))),
         "seconds": round(seconds, 2),
-        "solved": weights.stem == "w",
+        "perfect": weights.stem == "w",
         "greedy mean": scores.mean().item(),
         "greedy minimum": scores.min().item(),
     }
@@ -129,7 +130,7 @@ def main() -> None:
             f"{figures['greedy mean']:13.2f}{figures['greedy minimum']:9.0f}"
         )
     summary = {
-        "seeds that reached 475": sum(run["solved"] for run in runs),
+        "seeds that reached 475": sum(r["episodes to 475"] is not None for r in runs),
         "seeds with exactly 500.0 greedy": sum(r["greedy mean"] == 500 for r in runs),
         "lowest greedy mean": min(run["greedy mean"] for run in runs),
         "median episodes to 475": statistics.median(r["episodes to 475"] for r in runs),
@@ -149,8 +150,10 @@ def main() -> None:
             figure: statistics.median(run[figure] for run in try_this[name])
             for figure in ("episodes", "best mean of 100", "greedy mean", "seconds")
         }
-        solved = sum(run["solved"] for run in try_this[name])
-        print(f"{name}: {solved} of {len(TRY_THIS_SEEDS)} solved, {middle}")
+        solved = sum(run["episodes to 475"] is not None for run in try_this[name])
+        perfect = sum(run["perfect"] for run in try_this[name])
+        print(f"{name}: {solved} of {len(TRY_THIS_SEEDS)} solved, {perfect} perfect")
+        print(f"    {middle}")
 
     draw(curves)
     report = {
