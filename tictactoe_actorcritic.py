@@ -22,7 +22,7 @@ The algorithm in 7 steps
 Symbols (T steps of one move each; N games side by side; B moves of the learner in all)
     s_t         observations   (T, N, 9)  stones: +1 side to move, -1 other side, 0 none
     a_t         actions        (T, N)     the cell that was taken, 0 to 8
-    -           learner_moved  (T, N)     True for a move of the learner: B = their sum
+    -           learner_moved  (T, N)     True for the B moves of the learner
     G_t         returns        (B,)       how the game ended for the learner
     V(s_t)      values         (B,)       what the critic expects G_t to be
     A_t         advantages     (B,)       G_t - V(s_t)
@@ -39,8 +39,8 @@ Where this differs from the book (Sutton & Barto, Reinforcement Learning, 2nd ed
 Run it, and what you should see
     python tictactoe_actorcritic.py     10 seconds on one core of a server CPU, no GPU
     Seeds 0-9 (tests/benchmarks/tictactoe.py): none loses a line of play. Against random
-    play all win 98.96 % moving first and 91.64 % moving second; who never loses can win
-    99.48 and 91.64 at most. 10 seconds (median; 19 at most). Seed 0, early to late:
+    play all win 98.96 % moving first and 91.64 % moving second; a player who never loses
+    can win at most 99.48 and 91.64. 10 seconds (median; 19 at most). Seed 0:
         wins 1st  wins 2nd  lost 1st  lost 2nd  updates  entropy (nats)      loss
             95.8      84.6         6        81       50           1.431   -0.0900
             98.7      91.5         0         2      200           0.985   -0.0784
@@ -115,7 +115,7 @@ CRITIC_PATH = Path(__file__).with_name("tictactoe_critic.pth")
 CURVE_PATH = Path(__file__).with_name("tictactoe_learning_curve.png")
 
 # Given by the task
-PLIES = 9  # no game has more moves, those of both sides together
+PLIES = 9  # a ply is one move of one side, and no game has more than nine
 SEATS = (True, False)  # does the agent move first?
 
 # ------------------------------------------------------------------------------------
@@ -225,9 +225,10 @@ def entropy_bonus(entropies: torch.Tensor, beta: float) -> torch.Tensor:
 
     bonus = beta * mean_t( H_t ),   H_t = -sum_a pi(a|s_t) ln pi(a|s_t)   (in nats)
 
-    H is 0 if one move is certain and ln k if k moves are equally likely. A move that is
-    never tried is never judged again, even if it only had bad luck in the first games:
-    the bonus keeps every move possible. Mnih et al. (2016), section 4.
+    H is 0 if one move is certain and ln k if k moves are equally likely (the unit of ln
+    is called nat). A move that is never tried is never judged again, even if it only
+    had bad luck in the first games: the bonus keeps every move possible. Mnih et al.
+    (2016), section 4.
 
     `entropies` (B,): H_t with gradient; beta: what a nat is worth. Gives a scalar.
     By hand: two moves at 1/2 each, then one that is certain, beta = 0.5
@@ -349,7 +350,7 @@ def follow_every_line(
     A line of play is one complete game. The agent has one move in each position; the
     opponent has all that the mask `opponent_moves(boards)` (N, 9) allows, by default
     every legal one, and each opens a branch. All branches are followed together, move
-    by move. Nothing is left to chance: who loses no line of play cannot be beaten.
+    by move. An agent that loses no line of play cannot be beaten.
 
     Gives, for each of L lines of play, the result for the agent (L,): +1, 0 or -1; and
     how probable it is against random play (L,): the product of 1 / (number of moves)
@@ -445,7 +446,8 @@ def main() -> None:
             if update % REFRESH_EVERY == 0:
                 opponent.load_state_dict(actor.state_dict())
 
-            # 7. Again, until the agent loses no line of play from either seat.
+            # 7. Again, until the agent loses no line of play from either seat (and the
+            # rate and the bonus have shrunk as far as they should).
             if update % REPORT_EVERY == 0 or update in (NUM_UPDATES, MAX_UPDATES):
                 wins = [100 * against_random(actor, first)[0] for first in SEATS]
                 lost = [play_every_line(actor, first)[2] for first in SEATS]
@@ -461,7 +463,7 @@ def main() -> None:
         names = save_run(actor, critic, history, suffix, **facts)
     if sum(lost):
         sys.exit(f"{sum(lost)} lines of play lost in the end; kept in {names}.")
-    print(f"\nNo line of play is lost after {update} updates. Written: {names}.")
+    print(f"\nNo line of play is lost after {update} updates. Written:\n{names}")
     print("Play against it: python tictactoe_eval.py")
 
 

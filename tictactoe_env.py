@@ -158,7 +158,7 @@ class TicTacToeEnv(gym.Env):
         the game as a loss of the mover. A number that is no cell at all is a bug in the
         caller, not a bad move: InvalidAction.
         """
-        # As an array, since `contains` cannot read whole numbers beyond 64 bits.
+        # As an array: in Gymnasium 1.2.3 a number beyond 64 bits breaks `contains`.
         if not self.action_space.contains(np.asarray(action)):
             raise gym.error.InvalidAction(f"not a whole number from 0 to 8: {action!r}")
         if self.over:

@@ -49,7 +49,7 @@ SHOW_PROBABILITIES = True  # how likely the agent was to take each cell
 SHOW_VALUE = True  # how the critic expected the game to end, before the agent's move
 SEED = None  # who begins each game is drawn at random; a whole number repeats the draws
 
-SEATS = {"first": True, "second": False}  # the agent moves ...: does it begin?
+SEAT_NAMES = {"first": True, "second": False}  # True where the agent begins the game
 
 # ------------------------------------------------------------------------------------
 # Perfect play
@@ -163,7 +163,7 @@ def against_perfect(actor: ActorNetwork, agent_first: bool) -> tuple[int, int, i
 
 
 def met_positions(actor: ActorNetwork) -> list[Board]:
-    """The positions in which the greedy agent may have to move, from both seats."""
+    """The positions in which the agent may have to move, from both seats."""
     found, waiting = set(), [EMPTY, *(after for *_, after in moves_from(EMPTY))]
     while waiting:
         board = waiting.pop()
@@ -187,7 +187,7 @@ def count_perfect(actor: ActorNetwork, positions: list[Board]) -> int:
 def print_counts(count: Callable, actor: ActorNetwork) -> None:
     """A table of what `count` finds from each seat: play_every_line or the like."""
     print("agent moves    lines     wins    draws   losses")
-    for name, first in SEATS.items():
+    for name, first in SEAT_NAMES.items():
         wins, draws, losses = count(actor, first)
         total = wins + draws + losses
         print(f"{name:11}{total:9}{wins:9}{draws:9}{losses:9}")
@@ -201,7 +201,7 @@ def print_report(actor: ActorNetwork) -> None:
     print("\nAgainst random play: exact probabilities in %. Last column: the most")
     print("wins that a player who never risks a loss can have")
     print("agent moves      win     draw     loss   most wins")
-    for name, first in SEATS.items():
+    for name, first in SEAT_NAMES.items():
         cells = "".join(f"{100 * p:9.2f}" for p in against_random(actor, first))
         print(f"{name:11}{cells}{100 * best_possible(first):12.2f}")
 

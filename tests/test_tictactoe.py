@@ -1,5 +1,6 @@
 """Tests of lesson 2: tictactoe_env.py, tictactoe_actorcritic.py, tictactoe_eval.py."""
 
+import io
 import itertools
 import os
 import pty
@@ -926,6 +927,15 @@ def test_every_kind_of_wrong_input_is_said_plainly_and_asked_again():
     assert terminal.status() == 0
 
 
+def test_a_wrong_key_that_the_terminal_cannot_print_is_no_crash(monkeypatch):
+    printed, keys = io.BytesIO(), iter(["\u00e9", "4"])
+    monkeypatch.setattr("builtins.input", lambda question: next(keys))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert card.ask_move(np.zeros(9, dtype=np.int8)) == 4
+    sys.stdout.flush()
+    assert b"is not the number of a cell" in printed.getvalue()
+
+
 @pytest.mark.parametrize("key", ["\x03", "\x04"])
 def test_ctrl_c_and_end_of_input_leave_cleanly_with_the_score(key):
     terminal = Terminal()
@@ -1151,6 +1161,12 @@ def test_a_folder_that_is_not_there_is_refused_before_the_run_and_not_after_it(
         lesson.main()
 
 
+def test_a_folder_in_place_of_a_file_is_refused(in_folder, monkeypatch):
+    lesson.CURVE_PATH.mkdir()
+    with pytest.raises(SystemExit, match=r"CURVE_PATH \(\.png\) must be"):
+        lesson.main()
+
+
 def test_one_name_for_both_networks_is_refused(in_folder, monkeypatch):
     monkeypatch.setattr(lesson, "CRITIC_PATH", str(lesson.ACTOR_PATH))
     with pytest.raises(SystemExit, match="CRITIC_PATH .* different files"):
@@ -1187,6 +1203,7 @@ def test_a_spent_budget_is_said_ends_with_status_1_and_keeps_the_good_weights(tm
     assert_one_plain_line(done, "lines of play lost", "tictactoe_actor_unsolved.pth")
     assert (tmp_path / WEIGHTS[0]).read_bytes() == b"good"
     assert lesson.load_actor(tmp_path / "tictactoe_actor_unsolved.pth")
+    assert not list(tmp_path.glob("*_interrupted*"))
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -1244,8 +1261,9 @@ def test_an_error_anywhere_in_the_run_keeps_it_and_is_shown_whole(tmp_path, mome
     assert_interrupted_run_is_kept(tmp_path, done.stdout)
 
 
-def test_after_the_run_ctrl_c_does_again_what_it_did_before(in_folder):
-    before = signal.getsignal(signal.SIGINT)
+def test_after_the_run_ctrl_c_does_again_what_it_did_before():
+    original, before = signal.getsignal(signal.SIGINT), lambda number, frame: None
+    signal.signal(signal.SIGINT, before)
     with pytest.raises(ZeroDivisionError), lesson.keep_unfinished_run(str) as stopped:
         assert signal.getsignal(signal.SIGINT) is not before
         signal.raise_signal(signal.SIGINT)  # the first only leaves a mark
@@ -1253,7 +1271,8 @@ def test_after_the_run_ctrl_c_does_again_what_it_did_before(in_folder):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         raise ZeroDivisionError
-    assert signal.getsignal(signal.SIGINT) is before
+    after = signal.signal(signal.SIGINT, original)
+    assert after is before
 
 
 def test_a_crash_while_saving_leaves_the_old_weights_whole(tmp_path, monkeypatch):
