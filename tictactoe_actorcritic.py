@@ -39,8 +39,8 @@ Where this differs from the book (Sutton & Barto, Reinforcement Learning, 2nd ed
 Run it, and what you should see
     python tictactoe_actorcritic.py     10 seconds on one core of a server CPU, no GPU
     Seeds 0-9 (tests/benchmarks/tictactoe.py): none loses a line of play. Against random
-    play all win 98.96 % moving first, 91.64 % moving second; at most 99.48 and 91.64 are
-    possible without ever risking a loss. 10 seconds (median; 19 at most). Seed 0:
+    play all win 98.96 % moving first, 91.64 % moving second; at most 99.48 and 91.64 %
+    are possible without ever risking a loss. 10 seconds (median; worst 19). Seed 0:
         wins 1st  wins 2nd  lost 1st  lost 2nd  updates  entropy (nats)      loss
             95.8      84.6         6        81       50           1.431   -0.0900
             98.7      91.5         0         2      200           0.985   -0.0784
