@@ -1,9 +1,10 @@
-"""A report card for the tic-tac-toe agent, exact to the last game; then you play it.
+"""Lesson 2, the result: a report card for the agent, exact; then you play against it.
 
 What you will learn
-    How to judge a player: not by games against itself, and not by a sample of games,
-    but by every line of play, seat by seat, with draws and losses counted apart; and
-    beside it what the best possible player would reach.
+    How to judge a player: not by games against itself (greedy play repeats one game),
+    nor by a sample of games, but by every line of play (every complete game that an
+    opponent can bring about), from both seats, with draws and losses counted apart;
+    and beside it what the best possible player would reach.
 
 Run it
     python tictactoe_eval.py
@@ -15,7 +16,7 @@ Run it
 import itertools
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import gymnasium as gym
@@ -48,19 +49,7 @@ SHOW_PROBABILITIES = True  # how likely the agent was to take each cell
 SHOW_VALUE = True  # how the critic expected the game to end, before the agent's move
 SEED = None  # who begins each game is drawn at random; a whole number repeats the draws
 
-
-def check_settings() -> None:
-    """Stop with one plain line if a setting is impossible, before anything runs."""
-    problems = [
-        f"{name} = {globals()[name]!r} must be True or False"
-        for name in ("SHOW_REPORT", "SHOW_GAME", "SHOW_PROBABILITIES", "SHOW_VALUE")
-        if type(globals()[name]) is not bool
-    ]
-    if SEED is not None and type(SEED) is not int:
-        problems.append(f"SEED = {SEED!r} must be None or a whole number")
-    if problems:
-        sys.exit(f"Settings: {'; '.join(problems)}.")
-
+SEAT_NAMES = {"first": True, "second": False}  # True where the agent begins the game
 
 # ------------------------------------------------------------------------------------
 # Perfect play
@@ -87,8 +76,8 @@ def minimax(board: Board) -> float:
 
     v(s) = max_a (reward of a if it ends the game, else -v(s after a))
 
-    The minus turns the view round: what the other side can get is what we lose.
-    By hand: with two of our own in a row and the third cell free, v = 1.
+    The minus turns the view round: what one side can get, the other side loses.
+    By hand: with two stones of the side to move in a row, the third cell free, v = 1.
     """
     return max(
         reward if ended else -minimax(after)
@@ -106,32 +95,35 @@ def perfect_moves(board: Board) -> list[int]:
 
 
 @cache
-def best_win_chance(board: Board) -> float:
-    """The best chance to win against random play that a player has who cannot lose.
+def best_win_probability(board: Board) -> float:
+    """The most wins against random play that a player can have who never risks a loss.
 
     W(s) = max over the safe moves a of   1 or 0 if a ends the game, else
            mean over the replies b of     0 if b ends it, else W(s after a and b)
 
-    A move is safe if perfect play cannot beat it. This is dynamic programming: an
-    average over what luck does, a maximum over what we do, from the end to the start.
+    A move is safe if perfect play cannot beat it. This is dynamic programming: a mean
+    over what the opponent's luck does, a maximum over what the player does, from the
+    end of the game to the start.
     """
-    chances = []
+    wins = []
     for _, reward, ended, after in moves_from(board):
         if ended:
-            chances.append(reward)
-        elif minimax(after) <= 0:  # the other side cannot force a win: safe
-            replies = moves_from(after)
-            wins = [0 if over else best_win_chance(own) for _, _, over, own in replies]
-            chances.append(sum(wins) / len(wins))
-    return max(chances)
+            wins.append(reward)
+        elif minimax(after) <= 0:  # the opponent cannot force a win: safe
+            replies = [
+                0 if over else best_win_probability(later)
+                for _, _, over, later in moves_from(after)
+            ]
+            wins.append(sum(replies) / len(replies))
+    return max(wins)
 
 
 def best_possible(agent_first: bool) -> float:
-    """best_win_chance of a whole game, from either seat."""
+    """best_win_probability of a whole game, from either seat."""
     if agent_first:
-        return best_win_chance(EMPTY)
+        return best_win_probability(EMPTY)
     openings = moves_from(EMPTY)
-    return sum(best_win_chance(after) for *_, after in openings) / len(openings)
+    return sum(best_win_probability(after) for *_, after in openings) / len(openings)
 
 
 @cache
@@ -165,13 +157,13 @@ def best_move(actor: ActorNetwork, board: Sequence[int]) -> int:
 
 
 def against_perfect(actor: ActorNetwork, agent_first: bool) -> tuple[int, int, int]:
-    """(wins, draws, losses) over every line in which the other side plays perfectly."""
+    """(wins, draws, losses) over every line of play with a perfect opponent."""
     results, _ = follow_every_line(actor, agent_first, perfect_masks)
-    return tuple(int((results == outcome).sum()) for outcome in (1, 0, -1))
+    return tuple(int((results == end).sum()) for end in (1, 0, -1))
 
 
-def own_positions(actor: ActorNetwork) -> list[Board]:
-    """The positions in which the greedy agent may have to move, from both seats."""
+def met_positions(actor: ActorNetwork) -> list[Board]:
+    """The positions in which the agent may have to move, from both seats."""
     found, waiting = set(), [EMPTY, *(after for *_, after in moves_from(EMPTY))]
     while waiting:
         board = waiting.pop()
@@ -181,7 +173,7 @@ def own_positions(actor: ActorNetwork) -> list[Board]:
             for cell, _, ended, after in moves_from(board):
                 if cell == choice and not ended:
                     replies = moves_from(after)
-                    waiting += [own for _, _, over, own in replies if not over]
+                    waiting += [later for _, _, over, later in replies if not over]
     return sorted(found)
 
 
@@ -192,33 +184,33 @@ def count_perfect(actor: ActorNetwork, positions: list[Board]) -> int:
     return int(perfect.sum())
 
 
+def print_counts(count: Callable, actor: ActorNetwork) -> None:
+    """A table of what `count` finds from each seat: play_every_line or the like."""
+    print("agent moves    lines     wins    draws   losses")
+    for name, first in SEAT_NAMES.items():
+        wins, draws, losses = count(actor, first)
+        total = wins + draws + losses
+        print(f"{name:11}{total:9}{wins:9}{draws:9}{losses:9}")
+
+
 def print_report(actor: ActorNetwork) -> None:
-    """Print how the greedy agent does from both seats, and what would be possible."""
-    seats = [("first", True), ("second", False)]
-    print("Every line of play: the agent's best move against all the other side can do")
-    print("agent moves    lines     wins    draws   losses")
-    for name, first in seats:
-        wins, draws, losses = play_every_line(actor, first)
-        lines = wins + draws + losses
-        print(f"{name:11}{lines:9}{wins:9}{draws:9}{losses:9}")
+    """Print how the agent does from both seats, and what would be possible."""
+    print("Every line of play: the agent's best move against all the opponent can do")
+    print_counts(play_every_line, actor)
 
-    print("\nAgainst random play: chances in %, exact. Last column: the most wins that")
-    print("a player who never loses can have")
+    print("\nAgainst random play: exact probabilities in %. Last column: the most")
+    print("wins that a player who never risks a loss can have")
     print("agent moves      win     draw     loss   most wins")
-    for name, first in seats:
-        chances = "".join(f"{100 * c:9.2f}" for c in against_random(actor, first))
-        print(f"{name:11}{chances}{100 * best_possible(first):12.2f}")
+    for name, first in SEAT_NAMES.items():
+        cells = "".join(f"{100 * p:9.2f}" for p in against_random(actor, first))
+        print(f"{name:11}{cells}{100 * best_possible(first):12.2f}")
 
-    print("\nAgainst perfect play: every line in which the other side follows minimax")
-    print("agent moves    lines     wins    draws   losses")
-    for name, first in seats:
-        wins, draws, losses = against_perfect(actor, first)
-        lines = wins + draws + losses
-        print(f"{name:11}{lines:9}{wins:9}{draws:9}{losses:9}")
+    print("\nAgainst perfect play: every line of play of an opponent by minimax")
+    print_counts(against_perfect, actor)
 
     print("\nIts move is one of minimax's best in")
     for kind, positions in [
-        ("that it can meet in its games", own_positions(actor)),
+        ("that it can meet in its games", met_positions(actor)),
         ("that can occur in any game", open_positions()),
     ]:
         perfect, number = count_perfect(actor, positions), len(positions)
@@ -259,7 +251,7 @@ def ask_move(board: np.ndarray) -> int:
         if answer in list("012345678"):
             print(f"Cell {answer} is taken. Free: {', '.join(free)}.")
         elif answer:
-            print(f"{answer!r} is not the number of a cell. Free: {', '.join(free)}.")
+            print(f"{answer!a} is not the number of a cell. Free: {', '.join(free)}.")
         else:
             print(f"Type the number of a free cell: {', '.join(free)}.")
 
@@ -268,18 +260,18 @@ def ask_move(board: np.ndarray) -> int:
 def thoughts(
     actor: ActorNetwork, critic: CriticNetwork, board: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """What the agent makes of `board` (9,): chance of each cell (9,), and the value."""
+    """What the networks make of `board` (9,): pi(a|s) of each cell (9,), and V(s)."""
     observation = torch.from_numpy(board)[None]
     masks = torch.from_numpy(legal_moves(board))[None]
-    chances = mask_illegal(actor(observation), masks).softmax(dim=1)[0]
-    return chances.numpy(), critic(observation).item()
+    probabilities = mask_illegal(actor(observation), masks).softmax(dim=1)[0]
+    return probabilities.numpy(), critic(observation).item()
 
 
-def chances_text(board: np.ndarray, chances: np.ndarray) -> str:
-    """The chances in %, laid out like board_text; a dot where a stone lay already."""
+def probabilities_text(board: np.ndarray, probabilities: np.ndarray) -> str:
+    """The probabilities in %, laid out like board_text; a dot where a stone lay."""
     marks = [
-        "  .  " if cell else f"{100 * chance:4.0f} "
-        for cell, chance in zip(board, chances, strict=True)
+        "  .  " if cell else f"{100 * probability:4.0f} "
+        for cell, probability in zip(board, probabilities, strict=True)
     ]
     rows = ["|".join(marks[start : start + 3]) for start in (0, 3, 6)]
     return "\n-----+-----+-----\n".join(rows)
@@ -306,10 +298,12 @@ def play_game(actor: ActorNetwork, critic: CriticNetwork, agent_first: bool) -> 
     while not ended:
         if agent_to_move:
             cell = best_move(actor, board)
-            chances, value = thoughts(actor, critic, board)
-            beside = chances_text(board, chances) if SHOW_PROBABILITIES else ""
+            probabilities, value = thoughts(actor, critic, board)
+            title = beside = ""
+            if SHOW_PROBABILITIES:
+                title = "probability of each cell, %"
+                beside = probabilities_text(board, probabilities)
             board, reward, ended, _, _ = env.step(cell)
-            title = "chances it gave to the cells, %" if SHOW_PROBABILITIES else ""
             print(f"{f'The agent takes {cell}.':21}{title}".rstrip())
             print(f"{picture(board, beside)}\n")
             if SHOW_VALUE:
@@ -345,9 +339,9 @@ def play_until_bored(actor: ActorNetwork, critic: CriticNetwork) -> None:
         print(f"\nBye. {score_text(score)}")
 
 
-def score_text(score: dict[str, int]) -> str:
-    """The score so far in one line."""
-    return "Score: " + ", ".join(f"{name} {points}" for name, points in score.items())
+# ------------------------------------------------------------------------------------
+# main
+# ------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -355,6 +349,10 @@ def main() -> None:
     check_settings()
     torch.set_num_threads(1)  # networks this small: more threads only wait
     actor, critic = load_actor(ACTOR_PATH), load_critic(CRITIC_PATH)
+    if actor.run != critic.run:  # for instance: a run was killed between the two files
+        names = f"{ACTOR_PATH.name} and {CRITIC_PATH.name}"
+        command = "python tictactoe_actorcritic.py"
+        sys.exit(f"{names} come from different runs. Make them anew with: {command}")
     try:
         if SHOW_REPORT:
             print_report(actor)
@@ -362,6 +360,29 @@ def main() -> None:
             play_until_bored(actor, critic)
     except KeyboardInterrupt:
         print("\nStopped.")
+
+
+# ------------------------------------------------------------------------------------
+# Housekeeping
+# ------------------------------------------------------------------------------------
+
+
+def check_settings() -> None:
+    """Stop with one line that names every impossible setting, before anything runs."""
+    switches = SHOW_REPORT, SHOW_GAME, SHOW_PROBABILITIES, SHOW_VALUE
+    rules = {
+        "SHOW_REPORT, SHOW_GAME, SHOW_PROBABILITIES and SHOW_VALUE must be True or "
+        "False": all(type(switch) is bool for switch in switches),
+        "SEED must be None or a whole number": SEED is None or type(SEED) is int,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        sys.exit(f"Settings: {'; '.join(broken)}.")
+
+
+def score_text(score: dict[str, int]) -> str:
+    """The score so far in one line."""
+    return "Score: " + ", ".join(f"{name} {points}" for name, points in score.items())
 
 
 if __name__ == "__main__":
