@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -347,7 +346,9 @@ def test_the_critic_learns_scaled_rewards_and_the_rollout_keeps_the_real_ones(
 
 
 def test_the_four_printed_numbers_equal_a_plain_rewriting(flown, monkeypatch):
-    agent, _, batch = flown
+    agent, rollout, batch = flown
+    agent.actor[-1].weight.data *= 200  # states differ in their entropy
+    batch = lesson.make_batch(agent, rollout)
     batch["old_log_probs"] += torch.linspace(-0.5, 0.5, 15)
     probs = agent.actor(batch["observations"]).softmax(1).detach()
     ratio = probs[range(15), batch["actions"]] / batch["old_log_probs"].exp()
@@ -358,8 +359,8 @@ def test_the_four_printed_numbers_equal_a_plain_rewriting(flown, monkeypatch):
     assert clipped == pytest.approx(sum(left) / 15) and 0 < sum(left) < 15
     expected = -(probs * probs.log()).sum(1).mean().item()
     assert entropy == pytest.approx(expected, abs=1e-5)
-    variances = np.var(errors.tolist()), np.var(batch["returns"].tolist())
-    assert explained == pytest.approx(1 - variances[0] / variances[1], abs=1e-2)
+    parts = np.var(errors.tolist()), np.var(batch["returns"].tolist()) + 1e-8
+    assert explained == pytest.approx(1 - parts[0] / parts[1], rel=1e-3)
 
 
 @pytest.mark.parametrize(("agent", "about"), [("fresh", 0.4), ("shipped", 0.1)])
@@ -872,7 +873,9 @@ def test_a_run_that_ends_below_200_says_so_and_keeps_the_good_weights(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_or_kill_keeps_the_run_under_another_name(tmp_path, number):
     script = "lunarlander_ppo.py"
-    (tmp_path / script).write_text((ROOT / script).read_text())
+    text = (ROOT / script).read_text()
+    text = re.sub(r"^REPORT_EVERY = \d+", "REPORT_EVERY = 1", text, flags=re.MULTILINE)
+    (tmp_path / script).write_text(text)
     (tmp_path / SHIPPED.name).write_bytes(b"good")
     training = subprocess.Popen(
         [sys.executable, "-u", script],
@@ -884,7 +887,7 @@ def test_ctrl_c_or_kill_keeps_the_run_under_another_name(tmp_path, number):
     for line in training.stdout:
         if line.startswith("return  length"):
             break
-    time.sleep(2)
+    training.stdout.readline()  # the first line of the table: now it trains
     training.send_signal(number)
     printed, errors = training.communicate(timeout=30)
     assert training.returncode == 1 and "This run is kept in" in printed
