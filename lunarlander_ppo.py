@@ -545,13 +545,11 @@ def main() -> None:
         score = scores.mean().item()
         suffix = "" if score >= SOLVED_SCORE else "_unsolved"
         names = save_run(agent, history, suffix, steps=steps, greedy_score=score)
-    print(
-        f"\nGreedy on {len(scores)} held-out episodes: mean {score:.1f}, std", end=" "
-    )
-    print(f"{scores.std():.1f}, minimum {scores.min():.1f}. Training: {seconds:.0f} s.")
+    spread = f"std {scores.std():.1f}, minimum {scores.min():.1f}"
+    print(f"\nGreedy on {len(scores)} held-out episodes: mean {score:.1f}, {spread}.")
     if suffix:
         sys.exit(f"Below {SOLVED_SCORE:g} after {steps:,} steps; kept in {names}.")
-    print(f"Written: {names}.")
+    print(f"{SOLVED_SCORE:g} is enough. {seconds:.0f} seconds; written: {names}.")
     print("Watch it land: python lunar_eval.py")
 
 
@@ -658,15 +656,9 @@ def save_run(agent: ActorCritic, history: list, suffix: str = "", **facts) -> st
     """
     paths = (Path(WEIGHTS_PATH), Path(CURVE_PATH))
     path, curve = (path.with_stem(path.stem + suffix) for path in paths)
-    facts |= {
-        "env_id": ENV_ID,
-        "seed": SEED,
-        "hidden_units": len(agent.actor[0].weight),
-    }
-    aside = tempfile.TemporaryDirectory(
-        dir=path.parent, prefix=path.name, suffix=".tmp"
-    )
-    with aside as folder:
+    units = len(agent.actor[0].weight)
+    facts |= {"env_id": ENV_ID, "seed": SEED, "hidden_units": units}
+    with tempfile.TemporaryDirectory(".tmp", path.name, path.parent) as folder:
         temporary = Path(folder, f"{path.name}.tmp")
         torch.save({"weights": agent.state_dict(), **facts}, temporary)
         os.replace(temporary, path)

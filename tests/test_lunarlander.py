@@ -956,7 +956,7 @@ def test_a_ctrl_c_in_the_last_evaluation_is_not_heard_since_the_run_is_complete(
 
     change(monkeypatch, TOTAL_STEPS=10_000, evaluate=evaluate_and_press)
     lesson.main()
-    assert "Written: w.pt and c.png" in capsys.readouterr().out
+    assert "written: w.pt and c.png" in capsys.readouterr().out
     assert sorted(path.name for path in in_folder.iterdir()) == ["c.png", "w.pt"]
 
 
