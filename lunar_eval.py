@@ -1,24 +1,20 @@
 """Measure the LunarLander agent that lunarlander_ppo.py made, then watch it land.
 
 What you will learn
-    How to judge a trained policy: on many episodes with seeds that training never saw,
-    with the spread, the worst case and the crashes beside the mean, and next to a
-    random policy.
+    How to judge a trained policy: on many held-out episodes, with the spread, the worst
+    case and the crashes beside the mean, and next to a random policy.
 
-Run it
-    python lunar_eval.py
+Run it, and what you should see
+    python lunar_eval.py     about 20 seconds: a table, then three landings, in a window
+                             where there is a display, else in `lunarlander.gif`
 
-    It prints a table and shows three landings: in a window where there is a display,
-    else as `lunarlander.gif`. About 20 seconds.
+    greedy    280.7 +- 19.1, minimum 238.7: taking the likeliest action it always lands.
+    sampled   277.1 +- 47.5, minimum 24.9: drawing each action, as in training, it
+              crashes in 3 of 100 episodes.
+    random    -183.1 +- 112.9, and 100 crashes: what an agent gets that learned nothing.
 
-What you should see
-    greedy    280.7 +- 19.1, minimum 238.7: taking the likeliest action it lands every
-              time.
-    sampled   277.1 +- 47.5, minimum 24.9: drawing each action at random, as in
-              training, it crashes in 3 of 100 episodes. (lunarlander_ppo.py prints
-              278.9: other draws.)
-    random    -183.1 +- 112.9, and 100 crashes: what the task gives to an agent that
-              learned nothing.
+    The std says how much single episodes differ. The mean of 100 of them is known far
+    better, to about std / sqrt(100), its standard error: 280.7 +- 1.9.
 """
 
 import os
@@ -30,17 +26,8 @@ import pygame
 import torch
 from PIL import Image
 
-from lunarlander_ppo import (
-    ENV_ID,
-    HELD_OUT_EPISODES,
-    HELD_OUT_SEED,
-    SOLVED_SCORE,
-    WEIGHTS_PATH,
-    ActorCritic,
-    evaluate,
-    load_agent,
-    make_env,
-)
+import lunarlander_ppo as lesson
+from lunarlander_ppo import ActorCritic, evaluate, load_agent
 
 # ------------------------------------------------------------------------------------
 # Settings
@@ -54,53 +41,28 @@ GIF_EVERY = 2  # keep one frame in so many; the lander moves at 50 frames/s
 GIF_SIZE = (300, 200)  # pixels, half of what the environment draws
 GIF_COLOURS = 32  # the picture has few; a smaller palette makes a smaller file
 
-
-def check_settings() -> None:
-    """Stop with one plain line if a setting is impossible, before anything runs."""
-    limits = {  # name: (lowest, highest)
-        "ACTION_SEED": (0, 2**63),
-        "LANDINGS": (1, 1_000),
-        "GIF_EVERY": (1, 100),
-        "GIF_COLOURS": (2, 256),
-    }
-    problems = []
-    for name, (low, high) in limits.items():
-        value = globals()[name]
-        if type(value) is not int or not low <= value <= high:
-            limit = f"from {low} to {high:,}" if high < 2**63 else f"from {low} up"
-            problems.append(f"{name} = {value!r} must be a whole number {limit}")
-    if SHOW not in (True, False):
-        problems.append(f"SHOW = {SHOW!r} must be True or False")
-    if not os.access(Path(GIF_PATH).parent, os.W_OK):
-        problems.append("GIF_PATH must lie in a folder that can be written to")
-    if problems:
-        sys.exit(f"Settings: {'; '.join(problems)}.")
-
-
 # ------------------------------------------------------------------------------------
 # Measuring
 # ------------------------------------------------------------------------------------
 
 
 def random_policy(observations: torch.Tensor) -> torch.Tensor:
-    """Logits (B, 4) for any observations (B, 8), all equal: each action has p = 1/4."""
-    return torch.zeros(len(observations), 4)
+    """Logits (B, A) for observations (B, D), all equal: every action is as likely."""
+    return torch.zeros(len(observations), lesson.ACTIONS)
 
 
 def print_report(agent: ActorCritic) -> None:
     """Print mean, std, minimum, landings and crashes: greedy, sampled and random."""
-    print(f"{HELD_OUT_EPISODES} episodes of {ENV_ID}, seeds from {HELD_OUT_SEED:,}:\n")
-    print(f"policy      mean +-   std   minimum   {SOLVED_SCORE:g} or more   crashes")
-    for name, policy, greedy in [
-        ("greedy", agent.actor, True),
-        ("sampled", agent.actor, False),
-        ("random", random_policy, False),
-    ]:
-        scores, crashed = evaluate(policy, HELD_OUT_EPISODES, HELD_OUT_SEED, greedy)
-        share = (scores >= SOLVED_SCORE).mean()
+    episodes, first_seed = lesson.HELD_OUT_EPISODES, lesson.HELD_OUT_SEED
+    enough = lesson.SOLVED_SCORE
+    print(f"{episodes} episodes of {lesson.ENV_ID}, seeds from {first_seed:,}:\n")
+    print(f"policy      mean +-   std   minimum   {enough:g} or more   crashes")
+    policies = {"greedy": agent.actor, "sampled": agent.actor, "random": random_policy}
+    for name, policy in policies.items():
+        scores, crashed = evaluate(policy, episodes, first_seed, name == "greedy")
         print(
             f"{name:8}{scores.mean():8.1f} +-{scores.std():6.1f}{scores.min():10.1f}"
-            f"{share:14.0%}{crashed.sum():10}"
+            f"{(scores >= enough).mean():14.0%}{crashed.sum():10}"
         )
 
 
@@ -132,6 +94,8 @@ def play_one_episode(agent: ActorCritic, env: gym.Env, seed: int) -> tuple[float
     while not ended:
         if env.render_mode == "rgb_array":  # mode "human" draws by itself
             frames.append(env.render())
+        elif pygame.event.peek(pygame.QUIT):  # the window's close button
+            raise KeyboardInterrupt
         action = agent.actor(torch.from_numpy(observation)[None]).argmax().item()
         observation, reward, terminated, truncated, _ = env.step(action)
         score += float(reward)
@@ -143,32 +107,32 @@ def show(agent: ActorCritic) -> None:
     """Show landings in a window if there is a display, else write them as a GIF."""
     in_window = has_display()
     if in_window:
-        print(f"\nA window shows {LANDINGS} greedy episodes. Ctrl-C here closes it.")
-    env = make_env(render_mode="human" if in_window else "rgb_array")
+        print(f"\nA window shows {LANDINGS} greedy episodes. Close it to stop.")
+    env = lesson.make_env(render_mode="human" if in_window else "rgb_array")
     scores, images = [], []
     for i in range(LANDINGS):
-        score, frames = play_one_episode(agent, env, HELD_OUT_SEED + i)
+        score, frames = play_one_episode(agent, env, lesson.HELD_OUT_SEED + i)
         scores.append(f"{score:.0f}")
-        images += [Image.fromarray(f).resize(GIF_SIZE) for f in frames[::GIF_EVERY]]
+        small = [Image.fromarray(f).resize(GIF_SIZE) for f in frames[::GIF_EVERY]]
+        images += [image.quantize(GIF_COLOURS) for image in small]
     env.close()
-    if in_window:
-        print(f"Scores: {', '.join(scores)}.")
-        return
-    images = [image.quantize(GIF_COLOURS) for image in images]
-    images[0].save(
-        GIF_PATH,
-        save_all=True,
-        append_images=images[1:],
-        duration=20 * GIF_EVERY,  # milliseconds a frame, so that it runs in real time
-        loop=0,
-    )
-    print(f"\nNo display: {GIF_PATH.name} shows landings, scores {', '.join(scores)}.")
+    print(f"\nScores: {', '.join(scores)}.")
+    if not in_window:
+        milliseconds = 20 * GIF_EVERY  # a frame: as fast as it really moves
+        options = {"append_images": images[1:], "duration": milliseconds, "loop": 0}
+        images[0].save(GIF_PATH, save_all=True, **options)
+        print(f"No display: {Path(GIF_PATH).name} shows them.")
+
+
+# ------------------------------------------------------------------------------------
+# main
+# ------------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Load the weights, print the report, show some episodes."""
     check_settings()
-    agent = load_agent(WEIGHTS_PATH)
+    agent = load_agent(lesson.WEIGHTS_PATH)
     torch.manual_seed(ACTION_SEED)
     torch.set_num_threads(1)
     try:
@@ -177,6 +141,28 @@ def main() -> None:
             show(agent)
     except KeyboardInterrupt:
         print("\nStopped.")
+
+
+def check_settings() -> None:
+    """Stop with one line that names every impossible setting, before anything runs."""
+
+    def whole(lowest, highest, *values):
+        return all(type(v) is int and lowest <= v <= highest for v in values)
+
+    path = Path(GIF_PATH) if isinstance(GIF_PATH, str | Path) else Path()
+    fits = path.suffix == ".gif" and os.access(path.parent, os.W_OK)
+    rules = {
+        "ACTION_SEED must be a whole number from 0": whole(0, 2**63, ACTION_SEED),
+        "SHOW must be True or False": type(SHOW) is bool,
+        "LANDINGS and GIF_EVERY must be from 1 to 100": whole(
+            1, 100, LANDINGS, GIF_EVERY
+        ),
+        "GIF_COLOURS must be a whole number from 2 to 256": whole(2, 256, GIF_COLOURS),
+        "GIF_PATH must be a .gif file in a folder that can be written to": fits,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        sys.exit(f"Settings: {'; '.join(broken)}.")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pygame
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import RecordEpisodeStatistics
 from PIL import Image
 
 import lunar_eval
@@ -29,6 +31,12 @@ def in_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(lesson, "WEIGHTS_PATH", tmp_path / "w.pt")
     monkeypatch.setattr(lesson, "CURVE_PATH", tmp_path / "c.png")
     return tmp_path
+
+
+def change(monkeypatch, **settings):
+    """Give the lesson's Settings of these names other values for this test."""
+    for name, value in settings.items():
+        monkeypatch.setattr(lesson, name, value)
 
 
 def run_copy(folder, script="lunarlander_ppo.py", *edits):
@@ -97,16 +105,49 @@ def test_gae_equals_the_double_loop_with_every_end_at_every_position():
         assert torch.allclose(lesson.gae(*data, gamma, lam), expected, atol=1e-5)
 
 
-def test_gae_tells_terminated_from_truncated():
+def test_ended_in_both_places_of_gae_teaches_that_the_time_limit_is_worth_0():
     rewards, values, next_values, terminated, ended = episodes_that_end_everywhere()
     right = lesson.gae(rewards, values, next_values, terminated, ended, 0.9, 0.8)
     merged = lesson.gae(rewards, values, next_values, ended, ended, 0.9, 0.8)
-    only_truncated = slice(1, 14, 2)
-    for n in range(14):
+    for n in range(14):  # only the truncated ones differ
         assert torch.equal(right[:, n], merged[:, n]) == (n % 2 == 0)
-    t, n = torch.arange(7), torch.arange(14)[only_truncated]
-    missing = 0.9 * next_values[t, n]  # V(final observation), one truncation each
+    t, n = torch.arange(7), torch.arange(1, 14, 2)  # each truncation
+    missing = 0.9 * next_values[t, n]  # V of the final observation
     assert torch.allclose((right - merged)[t, n], missing, atol=1e-6)
+
+
+def test_terminated_in_both_places_of_gae_leaks_the_next_episode_across_the_reset():
+    rewards, values, next_values, terminated, ended = episodes_that_end_everywhere()
+    right = lesson.gae(rewards, values, next_values, terminated, ended, 0.9, 0.8)
+    merged = lesson.gae(rewards, values, next_values, terminated, terminated, 0.9, 0.8)
+    for n in range(12):  # after step 6, the last, there is no next episode to leak
+        assert torch.equal(right[:, n], merged[:, n]) == (n % 2 == 0)
+    t, n = torch.arange(6), torch.arange(1, 12, 2)  # each truncation
+    leak = 0.9 * 0.8 * right[t + 1, n]  # the next episode's first advantage
+    assert torch.allclose((merged - right)[t, n], leak, atol=1e-6)
+
+
+def test_gae_of_a_single_step_is_delta():
+    one = torch.ones(1, 2)
+    ends = torch.tensor([[0.0, 1.0]])
+    advantages = lesson.gae(one, 2 * one, 3 * one, ends, ends, 0.5, 0.9)
+    assert torch.allclose(advantages, torch.tensor([[1 + 1.5 - 2, 1 - 2]]))
+
+
+@pytest.mark.parametrize("cut", ["rollout", "time limit"])
+def test_gae_with_lambda_1_leaves_the_rewards_and_the_value_where_it_is_cut(cut):
+    torch.manual_seed(0)
+    rewards, values, next_values = torch.randn(3, 9, 1)
+    next_values[:5] = values[1:6]  # consistent within the first six steps
+    no, ended = torch.zeros(9, 1), torch.zeros(9, 1)
+    ended[5] = cut == "time limit"
+    rows = 6 if cut == "rollout" else 9
+    data = [column[:rows] for column in (rewards, values, next_values, no, ended)]
+    advantages = lesson.gae(*data, 0.9, 1.0)
+    for t in range(6):
+        expected = sum(0.9 ** (k - t) * rewards[k, 0] for k in range(t, 6))
+        expected += 0.9 ** (6 - t) * next_values[5, 0] - values[t, 0]
+        assert advantages[t, 0].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_gae_with_lambda_1_plus_the_values_is_the_plain_discounted_return():
@@ -127,17 +168,24 @@ def test_the_docstring_cases_worked_by_hand():
     advantages = lesson.gae(column, zero, zero, end, end, 1.0, 1.0)
     assert advantages.flatten().tolist() == [2, 1]
     normal = lesson.normalise(torch.tensor([1.0, 2.0, 3.0]))
-    assert normal.tolist() == pytest.approx([-1.2247, 0, 1.2247], abs=1e-3)
+    assert normal.tolist() == pytest.approx([-1.2246, 0, 1.2246], abs=1e-4)
     half = lesson.log_probs_and_entropy(torch.zeros(1, 2), torch.tensor([0]))
     assert [x.item() for x in half] == pytest.approx([-0.6931, 0.6931], abs=1e-4)
     loss = lesson.clipped_surrogate_loss(
         torch.tensor([1.5, 0.5]).log(), torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2
     )
     assert loss.item() == pytest.approx(-0.2)
-    loss = lesson.critic_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
-    assert loss.item() == 2
-    explained = lesson.explained_variance(torch.zeros(2), torch.tensor([1.0, -1.0]))
-    assert explained == pytest.approx(0, abs=1e-6)
+    values, returns = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 4.0])
+    explained = lesson.explained_variance(values, returns)
+    assert explained == pytest.approx(0.75, abs=1e-6)
+
+
+def test_explained_variance_is_1_if_perfect_0_for_a_constant_and_below_0_if_worse():
+    returns = torch.tensor([1.0, -1.0, 3.0, 5.0])
+    assert lesson.explained_variance(returns + 7, returns) == pytest.approx(1)
+    constant = torch.full((4,), 2.0)
+    assert lesson.explained_variance(constant, returns) == pytest.approx(0, abs=1e-6)
+    assert lesson.explained_variance(-returns, returns) == pytest.approx(-3, abs=1e-6)
 
 
 def test_log_probabilities_and_entropies_equal_those_of_torch():
@@ -184,22 +232,46 @@ def test_one_step_makes_a_good_action_likelier_and_a_bad_one_rarer():
         assert (after > 0.25) == (sign > 0)
 
 
-def make_batch(copies=3, steps=5):
-    """An agent and a batch as training makes it, of a random rollout."""
+def test_at_ratio_1_the_gradient_is_that_of_lesson_1():
     torch.manual_seed(0)
-    agent = lesson.ActorCritic(16)
-    envs = lesson.make_envs(copies)
-    observations, _ = envs.reset(seed=0)
-    rollout, _, _ = lesson.collect(
-        envs, agent.actor, observations, np.zeros((2, copies)), steps
+    logits, advantages = torch.randn(20, 4, requires_grad=True), torch.randn(20)
+    log_probs, _ = lesson.log_probs_and_entropy(logits, torch.randint(4, (20,)))
+    ppo = lesson.clipped_surrogate_loss(log_probs, log_probs.detach(), advantages, 0.2)
+    reinforce = -(advantages * log_probs).mean()
+    (one,) = torch.autograd.grad(ppo, logits, retain_graph=True)
+    (other,) = torch.autograd.grad(reinforce, logits)
+    assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_mean_of_ratio_times_advantage_judges_one_policy_by_the_actions_of_another():
+    pi_old, pi = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+    worth = torch.tensor([1.0, -2.0, 4.0])
+    torch.manual_seed(0)
+    actions = torch.multinomial(pi_old, 200_000, replacement=True)
+    log_probs, old_log_probs = pi.log()[actions], pi_old.log()[actions]
+    no_clip = 1e9
+    loss = lesson.clipped_surrogate_loss(
+        log_probs, old_log_probs, worth[actions], no_clip
     )
-    return agent, rollout, lesson.make_batch(agent, rollout, 0.01, 0.99, 0.95)
+    assert -loss.item() == pytest.approx((pi * worth).sum().item(), abs=0.05)
 
 
-def test_the_gradient_of_the_whole_loss_equals_a_plain_rewriting():
-    agent, _, batch = make_batch()
+@pytest.fixture
+def flown(monkeypatch):
+    """An agent, a random rollout of 5 steps in 3 copies, and its batch."""
+    change(monkeypatch, ROLLOUT_STEPS=5, GAMMA=0.99, GAE_LAMBDA=0.95)
+    change(monkeypatch, CLIP_EPS=0.2, VALUE_WEIGHT=0.5, ENTROPY_BONUS=0.01)
+    change(monkeypatch, REWARD_SCALE=0.01)
+    torch.manual_seed(0)
+    agent, envs = lesson.ActorCritic(16), lesson.make_envs(3)
+    rollout, _, _ = lesson.collect(envs, agent.actor, envs.reset(seed=0)[0])
+    return agent, rollout, lesson.make_batch(agent, rollout)
+
+
+def test_the_gradient_of_the_whole_loss_equals_a_plain_rewriting(flown, monkeypatch):
+    agent, _, batch = flown
     batch["old_log_probs"] += torch.linspace(-0.5, 0.5, 15)  # reaches every region
-    loss, _, _ = lesson.ppo_loss(agent, batch, 0.2, 0.5, 0.01)
+    loss, _, _ = lesson.ppo_loss(agent, batch)
     got = torch.autograd.grad(loss, list(agent.parameters()))
 
     terms = []
@@ -220,51 +292,90 @@ def test_the_gradient_of_the_whole_loss_equals_a_plain_rewriting():
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_a_long_gradient_is_shortened_to_the_limit():
-    agent, _, batch = make_batch()
+def test_a_long_gradient_is_shortened_to_the_limit(flown, monkeypatch):
+    agent, _, batch = flown
     before = torch.cat([p.detach().flatten().clone() for p in agent.parameters()])
     optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
-    settings = dict(clip_eps=0.2, value_weight=0.5, entropy_bonus=0.01)
-    lesson.learn(agent, optimizer, batch, 1, len(batch["actions"]), 1e-3, **settings)
+    change(monkeypatch, MAX_GRAD_NORM=1e-3, EPOCHS=1, MINIBATCH_SIZE=15)
+    lesson.learn(agent, optimizer, batch)
     after = torch.cat([p.detach().flatten() for p in agent.parameters()])
     assert (after - before).norm().item() == pytest.approx(1e-3, rel=0.01)
 
 
-def test_no_gradient_reaches_the_critic_through_the_policy_loss():
-    agent, _, batch = make_batch()
-    loss, _, _ = lesson.ppo_loss(agent, batch, 0.2, 0.0, 0.01)
+def test_no_gradient_reaches_the_critic_through_the_policy_loss(flown, monkeypatch):
+    agent, _, batch = flown
+    change(monkeypatch, VALUE_WEIGHT=0.0)
+    loss, _, _ = lesson.ppo_loss(agent, batch)
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in agent.critic.parameters())
     assert not any(batch[name].requires_grad for name in batch)
 
 
-def test_the_ratio_is_1_on_the_first_minibatch():
-    agent, _, batch = make_batch()
+def test_the_ratio_is_1_on_the_first_minibatch(flown, monkeypatch):
+    agent, _, batch = flown
     batch["advantages"] = torch.ones(15)  # so that the loss is minus the mean ratio
-    _, policy_loss, _ = lesson.ppo_loss(agent, batch, 0.2, 0.5, 0.01)
+    _, policy_loss, _ = lesson.ppo_loss(agent, batch)
     assert policy_loss.item() == pytest.approx(-1, abs=1e-6)
-    kl, clipped, _, _ = lesson.diagnose(agent, batch, 1e-5)
+    change(monkeypatch, CLIP_EPS=1e-5)
+    kl, clipped, _, _ = lesson.diagnose(agent, batch)
     assert (kl, clipped) == (pytest.approx(0, abs=1e-6), 0)
 
 
-def test_the_critic_gives_a_flat_vector_so_that_nothing_broadcasts():
-    agent, _, batch = make_batch()
+def test_the_critic_gives_a_flat_vector_so_that_nothing_broadcasts(flown, monkeypatch):
+    agent, _, batch = flown
     values = agent.critic(batch["observations"])
     assert values.shape == batch["returns"].shape == (15,)
     assert agent.critic(batch["observations"][:1]).shape == (1,)
     by_hand = sum((values - batch["returns"]).tolist()[i] ** 2 for i in range(15)) / 15
-    loss = lesson.critic_loss(values, batch["returns"])
-    assert loss.item() == pytest.approx(by_hand, rel=1e-4)
+    _, _, value_loss = lesson.ppo_loss(agent, batch)
+    assert value_loss.item() == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_the_critic_learns_scaled_rewards_and_the_rollout_keeps_the_real_ones():
-    agent, rollout, small = make_batch()
-    large = lesson.make_batch(agent, rollout, 1.0, 0.99, 0.95)
+def test_the_critic_learns_scaled_rewards_and_the_rollout_keeps_the_real_ones(
+    flown, monkeypatch
+):
+    agent, rollout, small = flown
+    change(monkeypatch, REWARD_SCALE=1.0)
+    large = lesson.make_batch(agent, rollout)
     zero, ends = torch.zeros(5, 3), (rollout["terminated"], rollout["ended"])
     rewards_alone = lesson.gae(rollout["rewards"], zero, zero, *ends, 0.99, 0.95)
-    change = large["returns"] - small["returns"]  # of the scale, from 0.01 to 1
-    assert torch.allclose(change, 0.99 * rewards_alone.flatten(), atol=1e-4)
-    assert change.abs().max() > 1
+    change_of_returns = large["returns"] - small["returns"]  # scale from 0.01 to 1
+    expected = 0.99 * rewards_alone.flatten()
+    assert torch.allclose(change_of_returns, expected, atol=1e-4)
+    assert change_of_returns.abs().max() > 1
+
+
+def test_the_four_printed_numbers_equal_a_plain_rewriting(flown, monkeypatch):
+    agent, rollout, batch = flown
+    agent.actor[-1].weight.data *= 200  # states differ in their entropy
+    batch = lesson.make_batch(agent, rollout)
+    batch["old_log_probs"] += torch.linspace(-0.5, 0.5, 15)
+    probs = agent.actor(batch["observations"]).softmax(1).detach()
+    ratio = probs[range(15), batch["actions"]] / batch["old_log_probs"].exp()
+    left = [not 0.8 <= rho <= 1.2 for rho in ratio.tolist()]
+    errors = batch["returns"] - batch["values"]
+    kl, clipped, entropy, explained = lesson.diagnose(agent, batch)
+    assert kl == pytest.approx((ratio - 1 - ratio.log()).mean().item(), abs=1e-6)
+    assert clipped == pytest.approx(sum(left) / 15) and 0 < sum(left) < 15
+    expected = -(probs * probs.log()).sum(1).mean().item()
+    assert entropy == pytest.approx(expected, abs=1e-5)
+    parts = np.var(errors.tolist()), np.var(batch["returns"].tolist()) + 1e-8
+    assert explained == pytest.approx(1 - parts[0] / parts[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("agent", "about"), [("fresh", 0.4), ("shipped", 0.1)])
+def test_advantages_are_as_large_as_the_docstring_says(agent, about, monkeypatch):
+    torch.manual_seed(0)
+    agent = lesson.ActorCritic() if agent == "fresh" else lesson.load_agent(SHIPPED)
+    seen = []
+    change(monkeypatch, normalise=lambda advantages: seen.append(advantages))
+    envs = lesson.make_envs(16)
+    observations, _ = envs.reset(seed=0)
+    for _ in range(2):
+        rollout, observations, _ = lesson.collect(envs, agent.actor, observations)
+        lesson.make_batch(agent, rollout)
+    std = torch.cat(seen).std().item()
+    assert about / 2 < std < about * 2
 
 
 def test_equal_advantages_give_zero_and_not_noise():
@@ -304,15 +415,18 @@ class Clockwork(gym.Env):
 
 def clockwork(**ends):
     return SyncVectorEnv(
-        [lambda: Clockwork(**ends)] * 2, autoreset_mode=AutoresetMode.SAME_STEP
+        [lambda: RecordEpisodeStatistics(Clockwork(**ends))] * 2,
+        autoreset_mode=AutoresetMode.SAME_STEP,
     )
 
 
 @pytest.mark.parametrize("kind", ["terminates_at", "truncates_at"])
-def test_the_last_observation_of_an_episode_is_kept_and_the_next_row_is_a_new_one(kind):
+def test_the_last_observation_of_an_episode_is_kept_and_the_next_row_is_a_new_one(
+    kind, monkeypatch
+):
+    change(monkeypatch, ROLLOUT_STEPS=5)
     envs, agent = clockwork(**{kind: 3}), lesson.ActorCritic(8)
-    observations, running = envs.reset()[0], np.zeros((2, 2))
-    rollout, now, finished = lesson.collect(envs, agent.actor, observations, running, 5)
+    rollout, now, finished = lesson.collect(envs, agent.actor, envs.reset()[0])
     times = rollout["observations"][:, 0, :2].tolist()
     assert times == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1]]
     after = rollout["next_observations"][:, 0, :2].tolist()
@@ -320,8 +434,9 @@ def test_the_last_observation_of_an_episode_is_kept_and_the_next_row_is_a_new_on
     assert rollout["ended"][:, 0].tolist() == [0, 0, 1, 0, 0]
     assert rollout["terminated"].equal(rollout["ended"]) == (kind == "terminates_at")
     assert rollout["terminated"].any() == (kind == "terminates_at")
-    assert finished == [(3, 3), (3, 3)] and running.tolist() == [[2, 2], [2, 2]]
-    _, _, finished = lesson.collect(envs, agent.actor, now, running, 1)
+    assert finished == [(3, 3), (3, 3)]
+    change(monkeypatch, ROLLOUT_STEPS=1)  # an episode goes on from rollout to rollout
+    _, _, finished = lesson.collect(envs, agent.actor, now)
     assert finished == [(3, 3), (3, 3)]
 
 
@@ -330,20 +445,19 @@ def fly_for_a_while(updates=80, **ends):
     torch.manual_seed(0)
     envs, agent = clockwork(**ends), lesson.ActorCritic(8)
     optimizer = torch.optim.Adam(agent.parameters(), 0.03)
-    observations, running = envs.reset()[0], np.zeros((2, 2))
+    observations, _ = envs.reset()
     for _ in range(updates):
-        rollout, observations, _ = lesson.collect(
-            envs, agent.actor, observations, running, 16
-        )
+        rollout, observations, _ = lesson.collect(envs, agent.actor, observations)
         for name in ("observations", "next_observations"):
             rollout[name] = torch.ones_like(rollout[name])
-        batch = lesson.make_batch(agent, rollout, 1.0, 0.8, 0.95)
-        loss_settings = dict(clip_eps=0.2, value_weight=0.5, entropy_bonus=0.0)
-        lesson.learn(agent, optimizer, batch, 2, 32, 10.0, **loss_settings)
+        lesson.learn(agent, optimizer, lesson.make_batch(agent, rollout))
     return agent.critic(torch.ones(1, 8)).item()
 
 
-def test_a_time_limit_does_not_lower_the_value_but_a_real_end_does():
+def test_a_time_limit_does_not_lower_the_value_but_a_real_end_does(monkeypatch):
+    change(monkeypatch, ROLLOUT_STEPS=16, EPOCHS=2, MINIBATCH_SIZE=32, GAMMA=0.8)
+    change(monkeypatch, REWARD_SCALE=1.0, GAE_LAMBDA=0.95, MAX_GRAD_NORM=10.0)
+    change(monkeypatch, CLIP_EPS=0.2, VALUE_WEIGHT=0.5, ENTROPY_BONUS=0.0)
     # 1 a step for ever, discounted by 0.8, is worth 1 / (1 - 0.8) = 5. Cut off by a
     # time limit of 4 steps it still is, as far as the agent can tell; ended for good
     # after 4, it is worth (1 + 1.8 + 2.44 + 2.952) / 4 = 2.05 on average.
@@ -351,8 +465,21 @@ def test_a_time_limit_does_not_lower_the_value_but_a_real_end_does():
     assert fly_for_a_while(terminates_at=4) == pytest.approx(2.05, rel=0.2)
 
 
-def test_observation_action_and_reward_of_one_index_belong_together():
-    _, rollout, _ = make_batch(copies=2, steps=150)
+def test_with_one_flag_for_both_ends_the_time_limit_does_lower_the_value(monkeypatch):
+    change(monkeypatch, ROLLOUT_STEPS=16, EPOCHS=2, MINIBATCH_SIZE=32, GAMMA=0.8)
+    change(monkeypatch, REWARD_SCALE=1.0, GAE_LAMBDA=0.95, MAX_GRAD_NORM=10.0)
+    change(monkeypatch, CLIP_EPS=0.2, VALUE_WEIGHT=0.5, ENTROPY_BONUS=0.0)
+    gae = lesson.gae
+    merged = lambda r, v, n, terminated, ended, *rest: gae(r, v, n, ended, ended, *rest)  # noqa: E731
+    change(monkeypatch, gae=merged)
+    assert fly_for_a_while(truncates_at=4) == pytest.approx(2.05, rel=0.2)
+
+
+def test_observation_action_and_reward_of_one_index_belong_together(monkeypatch):
+    change(monkeypatch, ROLLOUT_STEPS=150)
+    torch.manual_seed(0)
+    agent, envs = lesson.ActorCritic(16), lesson.make_envs(2)
+    rollout, _, _ = lesson.collect(envs, agent.actor, envs.reset(seed=0)[0])
     env = lesson.make_env()
     env.reset(seed=0)
     ends = rollout["ended"][:, 0].nonzero().flatten().tolist()
@@ -368,7 +495,26 @@ def test_observation_action_and_reward_of_one_index_belong_together():
             assert torch.equal(*same)
 
 
-def test_actions_are_drawn_with_the_probabilities_of_the_actor():
+def test_the_return_and_the_length_of_an_episode_are_plain_sums_over_its_steps(
+    monkeypatch,
+):
+    change(monkeypatch, ROLLOUT_STEPS=150)
+    torch.manual_seed(0)
+    agent, envs = lesson.ActorCritic(16), lesson.make_envs(2)
+    rollout, _, finished = lesson.collect(envs, agent.actor, envs.reset(seed=0)[0])
+    first_ends = [rollout["ended"][:, i].nonzero()[0].item() + 1 for i in range(2)]
+    plain = [
+        (rollout["rewards"][:end, i].sum(), end) for i, end in enumerate(first_ends)
+    ]
+    for total, length in plain:
+        assert any(
+            length == other and score == pytest.approx(total.item(), abs=1e-3)
+            for score, other in finished
+        )
+
+
+def test_actions_are_drawn_with_the_probabilities_of_the_actor(monkeypatch):
+    change(monkeypatch, ROLLOUT_STEPS=10_000)
     torch.manual_seed(0)
     probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4])
     envs = clockwork(truncates_at=1000)
@@ -376,8 +522,6 @@ def test_actions_are_drawn_with_the_probabilities_of_the_actor():
         envs,
         lambda observations: probabilities.log().expand(len(observations), 4),
         envs.reset()[0],
-        np.zeros((2, 2)),
-        10_000,
     )
     shares = rollout["actions"].flatten().bincount() / 20_000
     assert torch.allclose(shares, probabilities, atol=0.012)
@@ -421,7 +565,7 @@ def test_a_short_run_raises_the_return_clearly_above_random(
     except SystemExit as stopped:  # so short a run may end below 200
         assert "Below 200" in stopped.code
     printed = capsys.readouterr().out
-    assert "return  length" in printed and "greedy" in printed
+    assert "return  length" in printed and "Greedy on 20 held-out" in printed
     weights, curve = sorted(in_folder.iterdir(), key=lambda path: path.suffix)[::-1]
     assert Image.open(curve).size == (960, 480)
     agent = lunar_eval.load_agent(weights)
@@ -442,6 +586,61 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(in_folder, monkeypatch
         weights.append(torch.cat([p.flatten() for p in agent.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_rate_falls_in_a_straight_line_to_its_final_share(in_folder, monkeypatch):
+    change(monkeypatch, TOTAL_STEPS=2_000, NUM_ENVS=5, ROLLOUT_STEPS=100)  # 4 updates
+    change(monkeypatch, LEARNING_RATE=0.01, FINAL_RATE=0.2, HELD_OUT_EPISODES=1)
+    rates, learn = [], lesson.learn
+
+    def learn_and_note(agent, optimizer, batch):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return learn(agent, optimizer, batch)
+
+    change(monkeypatch, learn=learn_and_note)
+    with contextlib.suppress(SystemExit):
+        lesson.main()
+    assert rates == pytest.approx([0.01, 0.008, 0.006, 0.004])
+
+
+def test_the_sizes_beside_the_settings_are_those_that_follow_from_them():
+    source = (ROOT / "lunarlander_ppo.py").read_text()
+    rows = lesson.NUM_ENVS * lesson.ROLLOUT_STEPS
+    parts = -(-rows // lesson.MINIBATCH_SIZE)
+    comment = re.search(r"# Hence (.*?)\n\n", source, re.DOTALL).group(1)
+    numbers = [int(n) for n in re.findall(r"\d+", comment.replace(",", ""))]
+    assert numbers == [
+        *(lesson.NUM_ENVS, lesson.ROLLOUT_STEPS, rows),
+        *(rows, lesson.MINIBATCH_SIZE, parts, lesson.EPOCHS, parts * lesson.EPOCHS),
+        *(lesson.TOTAL_STEPS, rows, lesson.TOTAL_STEPS // rows),
+    ]
+
+
+def test_the_table_in_the_docstring_has_the_columns_that_are_printed(capsys):
+    lesson.print_header()
+    header = capsys.readouterr().out.splitlines()[-1]
+    lines = lesson.__doc__.splitlines()
+    start = lines.index(f"    {header}")
+    line = lesson.report_line([(1, 9.0, 9.0)], 1, 1.0, (0.1,) * 4, (0.1, 0.1))
+    assert len(header) == len(line)
+    for sample in lines[start + 1 : start + 4]:
+        assert len(sample) == len(header) + 4 and sample[4:].split()[3].count(",") == 1
+
+
+@pytest.mark.parametrize("task", [("CartPole-v1", 4, 2), ("Acrobot-v1", 6, 3)])
+def test_another_task_needs_only_the_lines_that_the_docstring_names(
+    in_folder, monkeypatch, task
+):
+    env_id, size, actions = task
+    change(monkeypatch, ENV_ID=env_id, OBSERVATION_SIZE=size, ACTIONS=actions)
+    change(monkeypatch, TOTAL_STEPS=40_960, HELD_OUT_EPISODES=10)
+    change(monkeypatch, SOLVED_SCORE=gym.spec(env_id).reward_threshold)
+    with contextlib.suppress(SystemExit):  # so few steps need not solve it
+        lesson.main()
+    agent = lesson.load_agent(next(in_folder.glob("w*.pt")))
+    trained, _ = lesson.evaluate(agent.actor, 10, 2_000_000, greedy=False)
+    random, _ = lesson.evaluate(lunar_eval.random_policy, 10, 2_000_000, greedy=False)
+    assert trained.mean() > random.mean() + 100
 
 
 def test_the_shipped_weights_land_on_held_out_seeds():
@@ -483,7 +682,7 @@ def test_without_a_display_the_eval_script_reports_and_writes_a_gif(
 ):
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setattr(lunar_eval, "GIF_PATH", tmp_path / "show.gif")
-    monkeypatch.setattr(lunar_eval, "HELD_OUT_EPISODES", 20)
+    monkeypatch.setattr(lesson, "HELD_OUT_EPISODES", 20)
     monkeypatch.setattr(lunar_eval, "LANDINGS", 1)
     lunar_eval.main()
     printed = capsys.readouterr().out
@@ -496,6 +695,32 @@ def test_without_a_display_the_eval_script_reports_and_writes_a_gif(
     assert "show.gif" in printed
     assert Image.open(tmp_path / "show.gif").n_frames > 30
     assert (tmp_path / "show.gif").stat().st_size < 3_000_000
+
+
+def test_the_close_button_of_the_window_ends_the_show(monkeypatch, capsys):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setattr(lunar_eval, "has_display", lambda: True)
+    monkeypatch.setattr(lunar_eval, "print_report", lambda agent: None)
+    make_env, steps = lesson.make_env, []
+
+    def make_window(render_mode):
+        assert render_mode == "human"
+        env = make_env(render_mode=render_mode)
+        step = env.step
+
+        def step_and_close(action):
+            steps.append(action)
+            if len(steps) == 5:
+                pygame.event.post(pygame.event.Event(pygame.QUIT))
+            return step(action)
+
+        env.step = step_and_close
+        return env
+
+    monkeypatch.setattr(lesson, "make_env", make_window)
+    lunar_eval.main()
+    pygame.quit()
+    assert len(steps) == 5 and "Stopped." in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------
@@ -518,7 +743,10 @@ class Bomb:
         return os.mkdir, (str(self.folder / "boom"),)
 
 
-@pytest.mark.parametrize("kind", ["damaged", "empty", "foreign", "other env", "code"])
+@pytest.mark.parametrize(
+    "kind",
+    ["damaged", "empty", "foreign", "other env", "code", "nan", "infinite", "huge"],
+)
 def test_a_bad_weights_file_is_refused_in_one_line_and_nothing_runs(tmp_path, kind):
     path = tmp_path / "bad.pt"
     shipped = torch.load(SHIPPED, weights_only=True)
@@ -530,11 +758,19 @@ def test_a_bad_weights_file_is_refused_in_one_line_and_nothing_runs(tmp_path, ki
         torch.save(torch.nn.Linear(8, 4).state_dict(), path)
     elif kind == "other env":
         torch.save({**shipped, "env_id": "Acrobot-v1"}, path)
+    elif kind in ("nan", "infinite"):
+        weights = {name: tensor.clone() for name, tensor in shipped["weights"].items()}
+        weights["critic.4.bias"][0] = float("nan" if kind == "nan" else "inf")
+        torch.save({**shipped, "weights": weights}, path)
+    elif kind == "huge":  # 10^10 x 10^10 weights, if it were built
+        torch.save({**shipped, "hidden_units": 10**10}, path)
     else:
         torch.save({**shipped, "weights": Bomb(tmp_path)}, path)
     with pytest.raises(SystemExit) as stopped:
         lesson.load_agent(path)
-    assert "bad.pt does not hold a LunarLander agent" in stopped.value.code
+    assert "bad.pt does not hold a LunarLander-v3 agent" in stopped.value.code
+    if kind == "huge":  # refused before anything was allocated
+        assert "(ValueError)" in stopped.value.code
     assert "\n" not in stopped.value.code
     assert not (tmp_path / "boom").exists()
 
@@ -554,6 +790,7 @@ def test_a_bad_weights_file_is_refused_in_one_line_and_nothing_runs(tmp_path, ki
         ("LEARNING_RATE", -0.01),
         ("LEARNING_RATE", "fast"),
         ("LEARNING_RATE", float("nan")),
+        ("FINAL_RATE", 1.5),
         ("GAMMA", 1.1),
         ("GAE_LAMBDA", -0.1),
         ("CLIP_EPS", 0),
@@ -562,6 +799,12 @@ def test_a_bad_weights_file_is_refused_in_one_line_and_nothing_runs(tmp_path, ki
         ("MAX_GRAD_NORM", 0),
         ("REWARD_SCALE", 0),
         ("HIDDEN_UNITS", True),
+        ("HELD_OUT_EPISODES", 0),
+        ("NUM_ENVS", "16"),
+        ("WEIGHTS_PATH", None),
+        ("WEIGHTS_PATH", Path("/")),
+        ("CURVE_PATH", "c.xyz"),
+        ("CURVE_PATH", Path("nowhere/c.png")),
     ],
 )
 def test_an_impossible_constant_is_refused_before_anything_runs(
@@ -576,13 +819,21 @@ def test_an_impossible_constant_is_refused_before_anything_runs(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("LANDINGS", 0), ("GIF_EVERY", 0), ("GIF_COLOURS", 300), ("ACTION_SEED", -1)],
+    [
+        ("LANDINGS", 0),
+        ("GIF_EVERY", 0),
+        ("GIF_COLOURS", 300),
+        ("ACTION_SEED", -1),
+        ("SHOW", "no"),
+        ("GIF_PATH", None),
+        ("GIF_PATH", Path("nowhere/a.gif")),
+    ],
 )
 def test_an_impossible_constant_of_the_eval_script_is_refused_too(
     monkeypatch, capsys, name, value
 ):
     monkeypatch.setattr(lunar_eval, name, value)
-    with pytest.raises(SystemExit, match=f"^Settings: {name} = {value} must be .*[.]$"):
+    with pytest.raises(SystemExit, match=f"^Settings: .*{name}.* must be .*[.]$"):
         lunar_eval.main()
     assert capsys.readouterr().out == ""
 
@@ -591,7 +842,7 @@ def test_a_folder_that_is_not_there_is_refused_before_the_run_and_not_after_it(
     in_folder, monkeypatch
 ):
     monkeypatch.setattr(lesson, "WEIGHTS_PATH", in_folder / "nowhere" / "w.pt")
-    with pytest.raises(SystemExit, match="WEIGHTS_PATH must lie in a folder"):
+    with pytest.raises(SystemExit, match="WEIGHTS_PATH must be a .pt file"):
         lesson.main()
 
 
@@ -611,7 +862,7 @@ def test_a_run_that_ends_below_200_says_so_and_keeps_the_good_weights(tmp_path):
     done = run_copy(
         tmp_path,
         "lunarlander_ppo.py",
-        ("TOTAL_STEPS = 850_000", "TOTAL_STEPS = 10_000"),
+        (f"TOTAL_STEPS = {lesson.TOTAL_STEPS:_}", "TOTAL_STEPS = 10_000"),
         ("HELD_OUT_EPISODES = 100", "HELD_OUT_EPISODES = 2"),
     )
     assert_one_plain_line(done, "Below 200 after 8,192 steps")
@@ -619,9 +870,12 @@ def test_a_run_that_ends_below_200_says_so_and_keeps_the_good_weights(tmp_path):
     assert lesson.load_agent(tmp_path / "ppo_lunarlander_final_unsolved.pt")
 
 
-def test_ctrl_c_keeps_the_run_under_another_name_and_the_good_weights(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_or_kill_keeps_the_run_under_another_name(tmp_path, number):
     script = "lunarlander_ppo.py"
-    (tmp_path / script).write_text((ROOT / script).read_text())
+    text = (ROOT / script).read_text()
+    text = re.sub(r"^REPORT_EVERY = \d+", "REPORT_EVERY = 1", text, flags=re.MULTILINE)
+    (tmp_path / script).write_text(text)
     (tmp_path / SHIPPED.name).write_bytes(b"good")
     training = subprocess.Popen(
         [sys.executable, "-u", script],
@@ -633,49 +887,87 @@ def test_ctrl_c_keeps_the_run_under_another_name_and_the_good_weights(tmp_path):
     for line in training.stdout:
         if line.startswith("return  length"):
             break
-    time.sleep(2)
-    training.send_signal(signal.SIGINT)
+    training.stdout.readline()  # the first line of the table: now it trains
+    training.send_signal(number)
     printed, errors = training.communicate(timeout=30)
-    assert (training.returncode, errors) == (0, "")
-    assert "Stopped after" in printed
+    assert training.returncode == 1 and "This run is kept in" in printed
+    assert re.fullmatch(r"Stopped after [\d,]+ steps\.", errors.strip())
     assert (tmp_path / SHIPPED.name).read_bytes() == b"good"
     assert lesson.load_agent(tmp_path / "ppo_lunarlander_final_interrupted.pt")
 
 
-def test_a_ctrl_c_that_is_lost_inside_box2d_still_stops_the_run(
+def interrupted_files(folder):
+    """The names of all files, if they are those of a run that ended early."""
+    assert lesson.load_agent(folder / "w_interrupted.pt")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_ctrl_c_inside_box2d_stops_the_run_after_that_update(
     in_folder, monkeypatch, capsys
 ):
-    collect = lesson.collect
+    collect, before = lesson.collect, signal.getsignal(signal.SIGINT)
 
-    def collect_and_lose_ctrl_c(*arguments):
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+    def collect_and_press(*arguments):
+        signal.raise_signal(signal.SIGINT)  # no exception: Box2D would swallow it
         return collect(*arguments)
 
-    monkeypatch.setattr(lesson, "collect", collect_and_lose_ctrl_c)
-    before = signal.getsignal(signal.SIGINT)
-    lesson.main()
-    signal.signal(signal.SIGINT, before)
+    change(monkeypatch, collect=collect_and_press)
     steps = lesson.NUM_ENVS * lesson.ROLLOUT_STEPS
-    assert f"Stopped after {steps:,} steps" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=f"Stopped after {steps:,} steps."):
+        lesson.main()
+    assert "This run is kept in w_interrupted.pt" in capsys.readouterr().out
+    assert interrupted_files(in_folder) == ["c_interrupted.png", "w_interrupted.pt"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_ctrl_c_that_is_lost_in_the_last_evaluation_leaves_the_good_weights(
+def test_a_second_ctrl_c_interrupts_at_once_and_keeps_the_run_too(
+    in_folder, monkeypatch
+):
+    def press_twice(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    change(monkeypatch, collect=press_twice)
+    with pytest.raises(KeyboardInterrupt):
+        lesson.main()
+    assert interrupted_files(in_folder) == ["c_interrupted.png", "w_interrupted.pt"]
+
+
+@pytest.mark.parametrize("broken", ["learn", "evaluate"])
+def test_an_error_in_training_or_in_the_last_evaluation_keeps_the_run_and_is_shown(
+    in_folder, monkeypatch, capsys, broken
+):
+    def fail(*arguments, **options):
+        raise MemoryError("no room")
+
+    change(monkeypatch, TOTAL_STEPS=10_000, **{broken: fail})
+    with pytest.raises(MemoryError, match="no room"):
+        lesson.main()
+    assert "This run is kept in w_interrupted.pt" in capsys.readouterr().out
+    assert interrupted_files(in_folder) == ["c_interrupted.png", "w_interrupted.pt"]
+
+
+def test_a_ctrl_c_in_the_last_evaluation_is_not_heard_since_the_run_is_complete(
     in_folder, monkeypatch, capsys
 ):
-    def evaluate_and_lose_ctrl_c(*arguments):
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        return 300.0
+    def evaluate_and_press(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return np.array([300.0]), np.array([False])
 
-    monkeypatch.setattr(lesson, "TOTAL_STEPS", 10_000)
-    monkeypatch.setattr(lesson, "print_held_out_scores", evaluate_and_lose_ctrl_c)
-    before = signal.getsignal(signal.SIGINT)
+    change(monkeypatch, TOTAL_STEPS=10_000, evaluate=evaluate_and_press)
     lesson.main()
-    signal.signal(signal.SIGINT, before)
-    assert "Stopped after 8,192 steps" in capsys.readouterr().out
-    names = sorted(path.name for path in in_folder.iterdir())
-    assert names == ["c_interrupted.png", "w_interrupted.pt"]
+    assert "written: w.pt and c.png" in capsys.readouterr().out
+    assert sorted(path.name for path in in_folder.iterdir()) == ["c.png", "w.pt"]
+
+
+def test_a_signal_that_was_ignored_stays_ignored_as_nohup_wants_it(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with lesson.keep_unfinished_run(lambda: "nothing") as stopped:
+            signal.raise_signal(signal.SIGHUP)
+        assert not stopped and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_without_box2d_one_line_names_the_command_that_installs_it(tmp_path):
@@ -684,8 +976,10 @@ def test_without_box2d_one_line_names_the_command_that_installs_it(tmp_path):
     assert_one_plain_line(done, "Box2D", 'pip install "gymnasium[box2d]')
 
 
-def test_a_crash_while_saving_leaves_the_old_weights_whole(tmp_path, monkeypatch):
-    path = tmp_path / "w.pt"
+def test_a_full_disk_while_saving_leaves_the_old_weights_whole_and_nothing_else(
+    in_folder, monkeypatch
+):
+    path = in_folder / "w.pt"
     path.write_bytes(b"good")
 
     def half_written(checkpoint, target):
@@ -694,5 +988,5 @@ def test_a_crash_while_saving_leaves_the_old_weights_whole(tmp_path, monkeypatch
 
     monkeypatch.setattr(torch, "save", half_written)
     with pytest.raises(OSError, match="disk full"):
-        lesson.save_agent(lesson.ActorCritic(), path)
-    assert path.read_bytes() == b"good"
+        lesson.save_run(lesson.ActorCritic(), [])
+    assert path.read_bytes() == b"good" and list(in_folder.iterdir()) == [path]

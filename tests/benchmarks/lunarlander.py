@@ -3,14 +3,25 @@
     pip install -r requirements.txt -r tests/benchmarks/requirements.txt
     taskset -c 0 python tests/benchmarks/lunarlander.py
 
-Each run calls the lesson's own main(). What part of its time the environments take is
-measured in two ways: inside the run, around each call of their step; and before and
-after it, by stepping as many of them with random actions and nothing else (such
-flights crash soon; the simulation of a lander on the ground takes longer). Before that,
-stable-baselines3's PPO is trained with RL Zoo's settings for this environment; then we
-look up when our own run of the same seed first had its score. Seeds after the command
-repeat only those runs. Prints a table and writes results/lunarlander.json beside this
-file, and the learning curves to assets/lunarlander_learning_curves.png.
+Each run calls the lesson's own main(). Words after the command run only these parts,
+in this order, and leave the results of the others as they were:
+
+    seeds     Seeds 0-9; numbers after the word: only these. Score, and what part of the
+              time the environments take, measured in two ways: inside the run, around
+              each call of their step; and before and after it, by stepping as many of
+              them with random actions and nothing else (such flights crash soon; the
+              simulation of a lander on the ground takes longer).
+    own       stable-baselines3's PPO with the lesson's own settings, read from its
+              constants: this compares the two implementations.
+    zoo       stable-baselines3's PPO with RL Zoo's settings for this environment, and
+              when the lesson's run of the same seed first had its score: this compares
+              settings more than implementations.
+    old       The settings of this lesson's first version, between two runs of today's:
+              the ratio of the times.
+    frontier  Today's settings with fewer or more steps: mean and worst of ten seeds.
+
+Prints a table and writes results/lunarlander.json beside this file, and the learning
+curves with the frontier to assets/lunarlander_learning_curves.png.
 """
 
 import contextlib
@@ -18,7 +29,6 @@ import copy
 import hashlib
 import io
 import json
-import math
 import os
 import platform
 import re
@@ -26,7 +36,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
@@ -35,16 +44,38 @@ import stable_baselines3
 import torch
 from matplotlib.figure import Figure
 from stable_baselines3.common.env_util import make_vec_env
+from torch import nn
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import lunarlander_ppo as lesson  # noqa: E402  (the line above finds it)
 
+PARTS = ("seeds", "own", "zoo", "old", "frontier")
 SEEDS = range(10)
 STEPPING_STEPS = 100_000  # random steps before and as many after each run
 SNAPSHOT_EVERY = 4  # updates between two looks at how good the agent was by then
+CURVE_EVERY = 10_000  # steps between two points of a learning curve
 LIBRARY_SEED = 0
+ZOO_STEPS = 1_000_000
+FRONTIER = (200_000, 300_000, 400_000)  # steps
+OLD = {  # the settings of this lesson's first version
+    "TOTAL_STEPS": 850_000,
+    "NUM_ENVS": 16,
+    "ROLLOUT_STEPS": 256,
+    "EPOCHS": 4,
+    "MINIBATCH_SIZE": 512,
+    "LEARNING_RATE": 2e-3,
+    "FINAL_RATE": 0.0,
+    "GAMMA": 0.995,
+    "GAE_LAMBDA": 0.98,
+    "CLIP_EPS": 0.2,
+    "ENTROPY_BONUS": 0.003,
+    "VALUE_WEIGHT": 0.5,
+    "MAX_GRAD_NORM": 0.5,
+    "REWARD_SCALE": 0.01,
+    "HIDDEN_UNITS": 64,
+}
 RESULTS = Path(__file__).parent / "results" / "lunarlander.json"
 CURVES = ROOT / "assets" / "lunarlander_learning_curves.png"
 
@@ -86,7 +117,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.in_step, self.history, self.updates = 0.0, [], 0
-        self.snapshots, self.scores, self.seconds = [], {}, None
+        self.snapshots, self.scores, self.seconds = [], None, None
 
     def make_envs(self, copies: int):
         """The lesson's environments, with the time that is spent in step added up."""
@@ -102,20 +133,19 @@ class Recorder:
         envs.step = timed_step
         return envs
 
-    def collect(self, envs, actor, *rest):
+    def collect(self, envs, actor, observations):
         """Keep a copy of the actor, and when it was, every so many updates."""
         if self.updates % SNAPSHOT_EVERY == 0:
             seconds = time.perf_counter() - self.start
             self.snapshots.append((seconds, copy.deepcopy(actor)))
         self.updates += 1
-        return originals["collect"](envs, actor, *rest)
+        return originals["collect"](envs, actor, observations)
 
     def evaluate(self, policy, episodes, first_seed, greedy):
-        """The training is over when the lesson first evaluates."""
-        self.seconds = self.seconds or time.perf_counter() - self.start
-        result = originals["evaluate"](policy, episodes, first_seed, greedy)
-        self.scores["greedy" if greedy else "sampled"] = result
-        return result
+        """The training is over when the lesson evaluates."""
+        self.seconds = time.perf_counter() - self.start
+        self.scores = originals["evaluate"](policy, episodes, first_seed, greedy)
+        return self.scores
 
     def draw_learning_curve(self, history, path):
         self.history = history
@@ -149,22 +179,36 @@ def train(seed: int, **changes) -> tuple[dict, Recorder]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             lesson.main()
         weights = torch.load(next(Path(folder).glob("w*.pt")), weights_only=True)
-    scores, crashed = recorder.scores["greedy"]
-    sampled, _ = recorder.scores["sampled"]
+        agent = lesson.ActorCritic(weights["hidden_units"])
+        agent.load_state_dict(weights["weights"])
+        sampled, _ = originals["evaluate"](agent.actor, *held_out(), greedy=False)
+    scores, crashed = recorder.scores
     figures = {
         "seed": seed,
-        "steps": int(recorder.history[-1][0]),
+        "steps": weights["steps"],
         "seconds": round(recorder.seconds, 2),
         "seconds inside env.step": round(recorder.in_step, 2),
-        "greedy mean": round(float(scores.mean()), 2),
-        "greedy std": round(float(scores.std()), 2),
-        "greedy minimum": round(float(scores.min()), 2),
-        "greedy episodes >= 200": int((scores >= lesson.SOLVED_SCORE).sum()),
+        **greedy_figures(scores),
         "greedy crashes": int(crashed.sum()),
         "sampled mean": round(float(sampled.mean()), 2),
         "fingerprint": fingerprint(weights["weights"]),
     }
     return figures, recorder
+
+
+def held_out() -> tuple[int, int]:
+    """How many held-out episodes there are, and the seed of the first."""
+    return lesson.HELD_OUT_EPISODES, lesson.HELD_OUT_SEED
+
+
+def greedy_figures(scores: np.ndarray) -> dict:
+    """What the table says of the scores of the greedy episodes."""
+    return {
+        "greedy mean": round(float(scores.mean()), 2),
+        "greedy std": round(float(scores.std()), 2),
+        "greedy minimum": round(float(scores.min()), 2),
+        "greedy episodes >= 200": int((scores >= lesson.SOLVED_SCORE).sum()),
+    }
 
 
 def fingerprint(weights: dict[str, torch.Tensor]) -> str:
@@ -173,66 +217,113 @@ def fingerprint(weights: dict[str, torch.Tensor]) -> str:
     return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
 
 
-def train_library(seed: int) -> tuple[dict, Callable]:
-    """stable-baselines3's PPO with RL Zoo's settings for LunarLander-v3."""
-    envs = make_vec_env(lesson.ENV_ID, n_envs=16, seed=seed)
+def train_library(envs, steps: int, **settings) -> dict:
+    """stable-baselines3's PPO with these settings; its figures."""
     model = stable_baselines3.PPO(
-        "MlpPolicy",
+        "MlpPolicy", envs, seed=LIBRARY_SEED, device="cpu", **settings
+    )
+    start = time.perf_counter()
+    model.learn(steps)
+    seconds = time.perf_counter() - start
+
+    def policy(observations: torch.Tensor) -> torch.Tensor:
+        return model.policy.get_distribution(observations).distribution.logits
+
+    scores, _ = lesson.evaluate(policy, *held_out(), greedy=True)
+    return {
+        "seed": LIBRARY_SEED,
+        "steps": model.num_timesteps,
+        "seconds": round(seconds, 1),
+        **greedy_figures(scores),
+    }
+
+
+def library_with_the_lessons_settings() -> dict:
+    """Every setting of the lesson that the library has too, by its name there."""
+    rows = lesson.NUM_ENVS * lesson.ROLLOUT_STEPS
+    width = [lesson.HIDDEN_UNITS] * 2
+
+    def rate(steps_left: float) -> float:
+        falls = (1 - lesson.FINAL_RATE) * steps_left
+        return lesson.LEARNING_RATE * (lesson.FINAL_RATE + falls)
+
+    envs = make_vec_env(
+        lesson.ENV_ID,
+        n_envs=lesson.NUM_ENVS,
+        seed=LIBRARY_SEED,
+        wrapper_class=gymnasium.wrappers.TransformReward,
+        wrapper_kwargs={"func": lambda reward: reward * lesson.REWARD_SCALE},
+    )
+    return train_library(
         envs,
+        lesson.TOTAL_STEPS // rows * rows,
+        n_steps=lesson.ROLLOUT_STEPS,
+        batch_size=lesson.MINIBATCH_SIZE,
+        n_epochs=lesson.EPOCHS,
+        learning_rate=rate,
+        gamma=lesson.GAMMA,
+        gae_lambda=lesson.GAE_LAMBDA,
+        clip_range=lesson.CLIP_EPS,
+        ent_coef=lesson.ENTROPY_BONUS,
+        vf_coef=lesson.VALUE_WEIGHT,
+        max_grad_norm=lesson.MAX_GRAD_NORM,
+        policy_kwargs={
+            "activation_fn": nn.ReLU,
+            "net_arch": {"pi": width, "vf": width},
+        },
+    )
+
+
+def library_with_rl_zoos_settings() -> dict:
+    """RL Zoo's settings for LunarLander-v3."""
+    return train_library(
+        make_vec_env(lesson.ENV_ID, n_envs=16, seed=LIBRARY_SEED),
+        ZOO_STEPS,
         n_steps=1024,
         batch_size=64,
         n_epochs=4,
         gamma=0.999,
         gae_lambda=0.98,
         ent_coef=0.01,
-        seed=seed,
-        device="cpu",
     )
-    start = time.perf_counter()
-    model.learn(1_000_000)
-    seconds = time.perf_counter() - start
-
-    def policy(observations: torch.Tensor) -> torch.Tensor:
-        return model.policy.get_distribution(observations).distribution.logits
-
-    scores, crashed = lesson.evaluate(
-        policy, lesson.HELD_OUT_EPISODES, lesson.HELD_OUT_SEED, greedy=True
-    )
-    return {
-        "seed": seed,
-        "steps": model.num_timesteps,
-        "seconds": round(seconds, 1),
-        "greedy mean": round(float(scores.mean()), 2),
-        "greedy std": round(float(scores.std()), 2),
-        "greedy minimum": round(float(scores.min()), 2),
-        "greedy episodes >= 200": int((scores >= lesson.SOLVED_SCORE).sum()),
-    }
 
 
-def first_time_at(recorder: Recorder, score: float) -> float:
-    """Seconds of training after which the agent's greedy score first reached this."""
+def first_time_at(recorder: Recorder, score: float) -> float | None:
+    """Seconds of training after which the greedy score first reached this, if ever."""
     for seconds, actor in recorder.snapshots:
-        scores, _ = lesson.evaluate(
-            actor, lesson.HELD_OUT_EPISODES, lesson.HELD_OUT_SEED, greedy=True
-        )
+        scores, _ = lesson.evaluate(actor, *held_out(), greedy=True)
         if scores.mean() >= score:
             return round(seconds, 1)
-    return math.inf
+    return None
 
 
-def draw(histories: list[list]) -> None:
-    """Write a picture of all learning curves."""
+def curve(history: list) -> str:
+    """The mean of the last 100 returns after each CURVE_EVERY steps, as one line."""
+    steps, returns, _ = np.array(history).reshape(-1, 3).T
+    grid = range(CURVE_EVERY, int(steps.max(initial=0)) + 1, CURVE_EVERY)
+    ended = [np.searchsorted(steps, end, side="right") for end in grid]
+    last_100 = [returns[max(0, n - 100) : n] for n in ended]
+    return " ".join(f"{part.mean():.0f}" if len(part) else "nan" for part in last_100)
+
+
+def draw(report: dict) -> None:
+    """Write a picture of all learning curves, and of the frontier."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for history in histories:
-        steps, returns, _ = np.array(history).T
-        running = np.convolve(returns, np.full(100, 0.01), mode="valid")
-        axes.plot(steps[99:], running, color="C0", alpha=0.5)
+    for run in report.get("runs", []):
+        returns = [float(number) for number in run.get("curve", "").split()]
+        steps = CURVE_EVERY * np.arange(1, len(returns) + 1)
+        axes.plot(steps, returns, color="C0", alpha=0.5)
+    for kind, marker in [("mean", "o"), ("worst", "v")]:
+        points = [(p["steps"], p[kind]) for p in report.get("frontier", [])]
+        label = f"trained for so many steps: {kind} of the seeds, greedy"
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, color="C1", label=label)
     axes.axhline(
         lesson.SOLVED_SCORE, color="green", linestyle="--", label="solved: 200"
     )
     axes.set(
-        title=f"PPO on {lesson.ENV_ID}, seeds 0-{len(histories) - 1}",
+        title=f"PPO on {lesson.ENV_ID}, seeds 0-{len(SEEDS) - 1}",
         xlabel="steps",
         ylabel="return, mean of 100 episodes",
     )
@@ -250,34 +341,61 @@ def ratios(name: str, runs: list[dict], part: str) -> dict:
     }
 
 
-def summarise(runs: list[dict], library: dict) -> dict:
-    """The figures that the README quotes."""
-    means = [run["greedy mean"] for run in runs]
-    episodes = len(runs) * lesson.HELD_OUT_EPISODES
-    solved = sum(run["greedy episodes >= 200"] for run in runs)
-    return {
-        "mean of the seeds": round(statistics.mean(means), 1),
-        "worst seed": min(means),
-        "share of all episodes >= 200": round(solved / episodes, 4),
-        "steps": runs[0]["steps"],
-        "median seconds": statistics.median(run["seconds"] for run in runs),
-        "slowest seconds": max(run["seconds"] for run in runs),
-        **ratios("times random stepping", runs, "seconds of stepping alone"),
-        **ratios("times its own stepping", runs, "seconds inside env.step"),
-        "stable-baselines3: score": library["greedy mean"],
-        "stable-baselines3: seconds": library["seconds"],
-        "our seconds to that score": library["our seconds to its score"],
-        "times as fast to that score": library["times as long"],
-    }
+def summarise(report: dict) -> dict:
+    """The figures that the README quotes, of the parts that have been run."""
+    summary = {}
+    if runs := report.get("runs"):
+        means = [run["greedy mean"] for run in runs]
+        episodes = len(runs) * lesson.HELD_OUT_EPISODES
+        solved = sum(run["greedy episodes >= 200"] for run in runs)
+        summary |= {
+            "mean of the seeds": round(statistics.mean(means), 1),
+            "worst seed": min(means),
+            "share of all episodes >= 200": round(solved / episodes, 4),
+            "steps": runs[0]["steps"],
+            "median seconds": statistics.median(run["seconds"] for run in runs),
+            "slowest seconds": max(run["seconds"] for run in runs),
+            **ratios("times random stepping", runs, "seconds of stepping alone"),
+            **ratios("times its own stepping", runs, "seconds inside env.step"),
+        }
+    if own := report.get("own"):
+        summary |= {
+            "same settings: lesson's score": own["lesson"]["greedy mean"],
+            "same settings: lesson's seconds": own["lesson"]["seconds"],
+            "same settings: stable-baselines3's score": own["library"]["greedy mean"],
+            "same settings: stable-baselines3's seconds": own["library"]["seconds"],
+            "same settings: times as fast": own["times as fast"],
+        }
+    if zoo := report.get("zoo"):
+        summary |= {
+            "RL Zoo's settings: stable-baselines3's score": zoo["library"][
+                "greedy mean"
+            ],
+            "RL Zoo's settings: stable-baselines3's seconds": zoo["library"]["seconds"],
+            "lesson's seconds to that score": zoo["lesson's seconds to that score"],
+            "times as fast to that score": zoo["times as fast"],
+        }
+    if old := report.get("old"):
+        summary |= {
+            "seconds, settings of the first version": old["old"]["seconds"],
+            "seconds, today's settings, same run": old["new seconds"],
+            "today's part of the first version's time": old["new / old"],
+        }
+    for point in report.get("frontier", []):
+        for kind in ("mean", "worst"):
+            name = f"{kind} of {len(point['scores'])} seeds, {point['steps']:,} steps"
+            summary[name] = point[kind]
+    return {name: value for name, value in summary.items() if value is not None}
 
 
-def measure_seed(seed: int) -> tuple[dict, Recorder]:
+def measure_seed(seed: int) -> dict:
     """One run, between two looks at stepping alone."""
     alone = stepping_seconds(STEPPING_STEPS, seed)
     figures, recorder = train(seed)
     alone += stepping_seconds(STEPPING_STEPS, seed)
     alone *= figures["steps"] / (2 * STEPPING_STEPS)
     figures["seconds of stepping alone"] = round(alone, 2)
+    figures["curve"] = curve(recorder.history)
     print(
         f"{seed:4}{figures['greedy mean']:13.1f} +-{figures['greedy std']:5.1f}"
         f"{figures['greedy minimum']:9.1f}{figures['greedy episodes >= 200']:7}"
@@ -286,45 +404,94 @@ def measure_seed(seed: int) -> tuple[dict, Recorder]:
         f"{figures['seconds'] / figures['seconds inside env.step']:13.2f}",
         flush=True,
     )
-    return figures, recorder
+    return figures
 
 
-def main() -> None:
-    """Train the library, then all seeds; print the table, write JSON and picture."""
-    torch.set_num_threads(1)
-    only = [int(seed) for seed in sys.argv[1:]]  # these seeds anew, the rest as it was
-    old = json.loads(RESULTS.read_text()) if only else None
-    library = old["library"] if only else train_library(LIBRARY_SEED)
-    print(f"stable-baselines3: {library}\n", flush=True)
-    runs = {run["seed"]: run for run in old["runs"]} if only else {}
-    histories = []
+def seeds(runs: list[dict], only: list[int]) -> list[dict]:
+    """Train these seeds, or all; give the old runs with the new in their places."""
     print(
         "seed  greedy mean +-  std  minimum  >=200  sampled  seconds  / random stepping"
         "  / its own"
     )
-    for seed in only or SEEDS:
-        runs[seed], recorder = measure_seed(seed)
-        histories.append(recorder.history)
-        if seed == LIBRARY_SEED:
-            seconds = first_time_at(recorder, library["greedy mean"])
-            library["our seconds to its score"] = seconds
-            library["times as long"] = round(library["seconds"] / seconds, 2)
-    if len(histories) == len(SEEDS):
-        draw(histories)
+    new = {seed: measure_seed(seed) for seed in only or SEEDS}
+    merged = {run["seed"]: run for run in runs if only} | new
+    return [merged[seed] for seed in sorted(merged)]
 
-    runs = [runs[seed] for seed in sorted(runs)]
-    summary = summarise(runs, library)
-    for name, value in summary.items():
-        print(f"{name:38}{value:g}")
-    report = {
-        "machine": machine(),
-        "versions": versions(),
-        "command": "taskset -c 0 python tests/benchmarks/lunarlander.py",
-        "runs": runs,
+
+def own() -> dict:
+    """The library and the lesson with the same settings, one after the other."""
+    library, (figures, _) = library_with_the_lessons_settings(), train(LIBRARY_SEED)
+    times = round(library["seconds"] / figures["seconds"], 2)
+    return {"library": library, "lesson": figures, "times as fast": times}
+
+
+def zoo() -> dict:
+    """The library with RL Zoo's settings; when was the lesson as good?"""
+    library, (_, recorder) = library_with_rl_zoos_settings(), train(LIBRARY_SEED)
+    seconds = first_time_at(recorder, library["greedy mean"])
+    return {
         "library": library,
-        "summary": summary,
+        "lesson's seconds to that score": seconds,
+        "times as fast": seconds and round(library["seconds"] / seconds, 2),
     }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def old() -> dict:
+    """Today's settings, those of the first version, today's again: the times."""
+    first, _ = train(LIBRARY_SEED)
+    before, _ = train(LIBRARY_SEED, **OLD)
+    second, _ = train(LIBRARY_SEED)
+    seconds = (first["seconds"] + second["seconds"]) / 2
+    ratio = seconds / before["seconds"]
+    return {
+        "old": before,
+        "new seconds": round(seconds, 2),
+        "new / old": round(ratio, 3),
+    }
+
+
+def frontier() -> list[dict]:
+    """Today's settings, learning rate and all, with each number of steps."""
+    points = []
+    for steps in FRONTIER:
+        runs = [train(seed, TOTAL_STEPS=steps)[0] for seed in SEEDS]
+        scores = [run["greedy mean"] for run in runs]
+        mean = round(statistics.mean(scores), 1)
+        point = {"steps": steps, "mean": mean, "worst": min(scores)}
+        print(point, flush=True)
+        times = [run["seconds"] for run in runs]
+        points.append({**point, "scores": scores, "seconds": times})
+    return points
+
+
+def main() -> None:
+    """Run the parts named after the command, or all; write JSON and picture."""
+    torch.set_num_threads(1)
+    only = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    parts = [word for word in sys.argv[1:] if not word.isdigit()]
+    parts = parts or (["seeds"] if only else PARTS)
+    if unknown := set(parts) - set(PARTS):
+        sys.exit(f"No such part: {', '.join(unknown)}; there are {', '.join(PARTS)}.")
+    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    report.pop("library", None)  # of an older version of this benchmark
+    report["command"] = "taskset -c 0 python tests/benchmarks/lunarlander.py"
+    for part in [part for part in PARTS if part in parts]:
+        if part == "seeds":
+            report["runs"] = seeds(report.get("runs", []), only)
+        elif part == "own":
+            report["own"] = own()
+        elif part == "zoo":
+            report["zoo"] = zoo()
+        elif part == "old":
+            report["old"] = old()
+        else:
+            report["frontier"] = frontier()
+        report |= {"machine": machine(), "versions": versions()}
+        report["summary"] = summarise(report)
+        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+        draw(report)
+    for name, value in report["summary"].items():
+        print(f"{name:50}{value:g}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from lunarlander import lesson, machine, train, versions
 from torch import nn
 
-SEEDS = range(2)
+SEEDS = range(3)
 STEPS = 400_000
 RESULTS = Path(__file__).parent / "results" / "lunarlander_ablations.json"
 
@@ -46,13 +46,19 @@ def truncated_is_terminated(rewards, values, next_values, terminated, ended, *re
     return whole_gae(rewards, values, next_values, ended, ended, *rest)
 
 
+def sum_runs_across_resets(rewards, values, next_values, terminated, ended, *rest):
+    """GAE with `terminated` twice: advantages leak back past a time limit."""
+    return whole_gae(rewards, values, next_values, terminated, terminated, *rest)
+
+
 VARIATIONS = {
     "as it is": {},
     "rewards not scaled": {"REWARD_SCALE": 1.0},
     "advantages not normalised": {"normalise": lambda advantages: advantages},
     "no clipping of the ratio": {"CLIP_EPS": 1e9},
     "no clipping of the gradient": {"MAX_GRAD_NORM": 1e9},
-    "learning rate not annealed": {"set_learning_rate": lambda *_: None},
+    "learning rate not annealed": {"FINAL_RATE": 1.0},
+    "learning rate annealed to 0": {"FINAL_RATE": 0.0},
     "PyTorch's own initial weights": {
         "linear": lambda inputs, outputs, gain: nn.Linear(inputs, outputs)
     },
@@ -60,6 +66,7 @@ VARIATIONS = {
     "no entropy bonus": {"ENTROPY_BONUS": 0.0},
     "ENTROPY_BONUS = 0.01": {"ENTROPY_BONUS": 0.01},
     "truncated taken for terminated": {"gae": truncated_is_terminated},
+    "sum not cut by the time limit": {"gae": sum_runs_across_resets},
     "layers shared": {"ActorCritic": SharedLayers},
     "GAE_LAMBDA = 1": {"GAE_LAMBDA": 1.0},
     "GAE_LAMBDA = 0.9": {"GAE_LAMBDA": 0.9},
