@@ -1,4 +1,4 @@
-"""GRPO: fine-tuning a language model on the scores of a reward model.
+"""Lesson 4: GRPO, fine-tuning a language model on the scores of a reward model.
 
 What you will learn
     The last step of RLHF (reinforcement learning from human feedback): how a model that
@@ -8,473 +8,118 @@ The algorithm in 6 steps
     1. Start from a pretrained language model. In the words of reinforcement learning
        it is the policy: in a state (the text so far) it takes an action (a next token).
     2. Let it write a group of responses to one prompt, drawing every token at random.
-    3. Score each response by the reward model, a network trained beforehand on which
-       texts people prefer: the reward, one number for the whole text.
+    3. Score each response with the reward model, a network trained beforehand on which
+       texts people prefer. The reward is one number for the whole text.
     4. Compare within the group: a response's advantage is how far its reward is above
-       the group's mean, in units of its std. (PPO, lesson 3, trains a second network,
-       the critic, to guess that mean.)
-    5. One gradient step: make each token of the better responses likelier, of the worse
-       ones rarer. Go back to 2.
+       the group's mean, in units of the standard deviation (std). PPO, lesson 3, trains
+       a second network, the critic, to know what to compare with.
+    5. Take a gradient step: make every token of the better responses likelier and every
+       token of the worse ones rarer. Go back to 2.
     6. Compare fresh responses from before and after, and save the model.
 
-Symbols (G responses, L tokens in the longest, V tokens - pieces of words - in all)
+Symbols (G responses, L tokens in the longest, P in the prompt, V in the vocabulary)
+    q           prompt_ids      (1, P)  the prompt
     o_i, o_it   completion_ids  (G, L)  response i, and its token t
     m_it        mask            (G, L)  1 up to the end of the response, 0 after it
-    r_i         rewards         (G,)    score of response i
-    A_i         advantages      (G,)    the same for every token of response i
+    r_i, A_i    rewards, advantages (G,)  one for all the tokens of response i
     ln pi       log_probs       (G, L)  of each token, under the policy as it is now
-    ln pi_old   old_log_probs   (G, L)  ... as it was when it wrote the responses
+    ln pi_old   old_log_probs   (G, L)  ... under the policy that wrote the responses
     ln pi_ref   ref_log_probs   (G, L)  ... under a frozen copy of the first policy
     rho_it      ratio           (G, L)  pi / pi_old
-    q           prompt_ids      (1, P)  the prompt
     eps, beta   CLIP_EPS, KL_COEF. KL: how far two policies differ, 0 if not at all
-    In a function, (G, L) may be a part of the group, cut to its longest response.
 
 Where this differs from the paper, and why
-    Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4.1, outcome supervision:
-    * 8 responses of at most 64 tokens to one prompt a step; theirs are 64 of at most
-      1,024 to each of 16 prompts, on many GPUs. LR is 1e-5, theirs 1e-6.
-    * KL_COEF is 0, theirs 0.04: no second copy of the model in memory. Set it if the
-      texts get odd while their reward rises.
-    * The std has 1e-4 added, equal rewards give exactly 0, the gradient is clipped.
-    * The reward model stays as it is; theirs may be trained further on the way.
-    * TOP_P = 0.95 cuts off the odd tail while writing; the loss does not know of it.
-    What others changed since: Dr. GRPO (arXiv 2503.20783) drops the division by the std
-    (SCALE_BY_STD = False) and the one by the response's length, since both weigh some
-    responses more than others. DAPO (arXiv 2503.14476) takes one mean over all tokens
-    of the group, clips less above than below, and draws a new group where all rewards
-    are equal.
+    Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4: 64 responses of up to
+    1,024 tokens to a prompt, 1,024 in a batch, LR 1e-6. Here one small machine is to be
+    enough: hence also KL_COEF = 0 (theirs 0.04), so that there is no second copy of the
+    model. Their reference is renewed on the way, their reward model trained further.
 
-Run it
-    python grpo_training.py                               one GPU, or else the CPU
-    accelerate launch --num_processes 4 grpo_training.py  4 GPUs, one group over all 4
-    torchrun --nproc_per_node 2 grpo_training.py          2 processes on a CPU, where
-                                                          `accelerate` starts only one
-    Without a hub in reach, the small models of grpo_tiny/ take over: under a minute.
-    Ctrl-C keeps the run so far. torchrun gives each process one thread, unless the
-    environment variable OMP_NUM_THREADS says more.
+Run it, and what you should see
+    python grpo_training.py      on one GPU, or else on the CPU; README.md: on several
+    Without access to the Hugging Face Hub it falls back to the small models bundled in
+    grpo_tiny/. With these, seed 0, @@SECONDS@@ seconds on one core:
+@@LINES@@
 
-What you should see (SmolLM2-135M-Instruct, seed 0, tests/benchmarks/grpo.py train)
-    Paid for naming benefits of exercise, one for each of 12 words, it names 0.5 of them
-    in a fresh response before, and 9.0 after 50 steps of 10 seconds on one core.
-
-If it does not learn
-    * Most steps are skipped, or the std is near 0: the reward gives every response the
-      same number, so there is nothing to compare.
-    * The reward rises while the texts get worse: the reward is too easily pleased. Mend
-      it, or hold the policy back with KL_COEF = 0.04.
-    * The texts turn into gibberish: LR is too big.
-
-Try this (on the model that tests/test_grpo.py builds, in 60 steps at LR = 3e-3, seed 0:
-the share of the words that its reward wants rises from 0.52 to 0.93)
-    * NUM_SAMPLES = 2: to 0.57 only. With 32 to 0.99, but in 4 times the time.
-    * INNER_STEPS = 4: to 1.00, with an entropy of 2.0 nats a token instead of 3.1.
-    * SCALE_BY_STD = False: to 0.93. Here the division makes no difference.
+Try this (bundled models, seeds 0-2: the median gain in reward; @@AFTER@@ as it is)
+@@TRY@@
 """
 
 import contextlib
 import copy
-import functools
-import math
 import os
+import signal
 import sys
-import threading
+import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from huggingface_hub import constants as hub
+from accelerate.utils import gather_object, set_seed
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # ------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------
 
-# What to run. A model's name is an id on the Hugging Face hub or a local folder.
+# What to run. A model is an id on the Hugging Face Hub, or a folder beside this script.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICY_MODEL_NAME = "gpt2"  # or gpt2-medium, gpt2-large, EleutherAI/gpt-neo-125M,
 #                             EleutherAI/pythia-410m, facebook/opt-350m
-REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"
-#                   smaller: OpenAssistant/reward-model-deberta-v3-base
-TINY_MODELS = Path(__file__).with_name("grpo_tiny")  # a pair that comes along: policy/,
-#                   a small GPT-2, and reward/. Its README.md says what they can do.
-FALL_BACK_TO_TINY = True  # if a model is not here and the hub cannot be reached, say so
-#                           and go on with that pair; False: stop with one line instead
-REWARD_FUNCTION = None  # or a function (prompt, responses) -> rewards, one number for
-#                         each response: it takes the reward model's place
+REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"  # or ...-v3-base. Not
+#   reciprocate/pairrm-hf, which compares two responses instead of scoring one: for such
+#   a model, or a rule of your own, write a
+REWARD_FUNCTION = None  # function (prompt, responses) -> a number for each response
+FALL_BACK_TO_TINY = True  # without access to the Hub, use the models in grpo_tiny/
 PROMPTS = ["Explain why regular exercise is important."]  # several are taken in turn
+USE_CHAT_TEMPLATE = True  # a chat model gets the prompt in the format it was trained on
 SEED = 0  # below 500,000; same seed, machine and versions: the same responses
 
 # Budget
-NUM_STEPS = 50  # groups; INNER_STEPS updates from each, none if all its rewards equal
+NUM_STEPS = 50  # groups, one update each
 NUM_SAMPLES = 8  # G, responses in a group; 2 is the least, more is a steadier gradient
-MAX_NEW_TOKENS = 64  # longer responses are cut here; too few: the reward judges half
+MAX_NEW_TOKENS = 64  # longer responses are cut off; too few: the reward model sees half
 #                      sentences; more: time grows in proportion
 EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the gain
 
 # Algorithm
-LR = 1e-5  # size of AdamW's step; too big and the texts turn into gibberish, too small
-#            and 50 steps change nothing. Not used with grpo_tiny/: that has
-TINY_LR = 1.3e-5  # takes its place for the policy in grpo_tiny/. With less, 50 steps
-#                   are too few for some seeds; 1.5e-5 and more gain more, with fewer
-#                   different words
-TEMPERATURE = 1.0  # of the drawing, and of the log-probabilities that are trained; too
-#                    high: gibberish, too low: all responses alike, nothing to compare
-TOP_P = 0.95  # draw only from the likeliest tokens that together hold 95 %, without the
-#               odd tail: texts read better. But the loss uses the probabilities before
-#               this cut, so the gradient and the printed KL are slightly wrong, and the
-#               printed entropy is too low. With 1.0 nothing is cut and all are exact.
-CLIP_EPS = 0.2  # a token stops being pushed once its probability changed by 20 %; too
-#                 big: no brake on later inner steps, too small: they do nothing
-INNER_STEPS = 1  # gradient steps from one group; more learn faster, and the texts grow
-#                  alike sooner; with 1 the clip never acts
-KL_COEF = 0.0  # pull back to the first policy: 0.04 is the paper's. Above 0, a frozen
-#                copy of the model is kept, which costs its size in memory and some time
-SCALE_BY_STD = True  # divide the advantages by the std of the group's rewards; False:
-#                      groups with nearly equal rewards count less
+LR = 1e-5  # size of AdamW's step; too big: gibberish, too small: 50 updates do nothing
+TINY_LR = 1.3e-5  # the same for the policy in grpo_tiny/
+TEMPERATURE = 1.0  # divides the logits, in writing and in training; too high:
+#                    gibberish; too low: all responses alike, nothing to compare
+TOP_P = 0.95  # write with the likeliest tokens that together hold 95 %; at 1.0, odd
+#               words. The loss does not know of this cut, so that gradient, KL and
+#               entropy are slightly off
+CLIP_EPS = 0.2  # a token is pushed no further once its probability changed by 20 %; too
+#                 small: later inner steps do nothing, too big: nothing holds them back
+INNER_STEPS = 1  # gradient steps from one group; more learn faster from it, and the
+#                  texts grow alike sooner. With 1 the clip never acts: see grpo_step
+KL_COEF = 0.0  # beta, the pull back to the first policy; the paper's is 0.04. Above
+#                0, a frozen copy of the model takes its size in memory, and some time
+SCALE_BY_STD = True  # divide advantages by the group's std; False: groups with nearly
+#                      equal rewards count less
 MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this; too small: all groups
 #                      count alike, too big: one odd group may throw the policy off
 
-# Memory: these change results by rounding only (which may, in time, change a word)
-MICRO_BATCH_SIZE = 2  # responses in one backward pass; more is faster, takes more
-SAMPLE_BATCH_SIZE = 32  # responses that are written, or scored, together
-GRADIENT_CHECKPOINTING = False  # keep less for the backward pass, compute it again
+# Memory and speed
+MICRO_BATCH_SIZE = 8  # responses in one backward pass; fewer take less memory
+MIXED_PRECISION = "no"  # "bf16": compute in bfloat16 where that is safe (fast on GPUs);
+#                         weights stay float32, where a step of LR is not rounded away
 
 # Files, written beside this script
 SAVE_DIR = "trained_model"
 CURVE_PATH = Path(__file__).with_name("grpo_learning_curve.png")
 USE_WANDB = False  # also send the figures to Weights & Biases (pip install wandb)
 
-# Seeds for two purposes that never share a response: training draws from SEED, the
-# comparison of before and after from HELD_OUT_SEED.
-HELD_OUT_SEED = 1_000_000
-
-
-def check_settings() -> None:
-    """Stop with one plain line if a setting is impossible, before anything runs."""
-    limits = {  # name: (type, lowest, highest)
-        "SEED": (int, 0, 499_999),
-        "NUM_STEPS": (int, 1, math.inf),
-        "NUM_SAMPLES": (int, 2, math.inf),
-        "MAX_NEW_TOKENS": (int, 1, math.inf),
-        "EVAL_SAMPLES": (int, 2, math.inf),
-        "LR": (float, 1e-9, 1),
-        "TINY_LR": (float, 1e-9, 1),
-        "TEMPERATURE": (float, 0.01, 100),
-        "TOP_P": (float, 0.01, 1),
-        "CLIP_EPS": (float, 0.001, 1),
-        "INNER_STEPS": (int, 1, math.inf),
-        "KL_COEF": (float, 0, math.inf),
-        "MAX_GRAD_NORM": (float, 1e-6, math.inf),
-        "MICRO_BATCH_SIZE": (int, 1, math.inf),
-        "SAMPLE_BATCH_SIZE": (int, 1, math.inf),
-    }
-    problems = []
-    for name, (kind, low, high) in limits.items():
-        value = globals()[name]
-        if type(value) not in (int, kind) or not low <= value <= high:
-            noun = "a whole number" if kind is int else "a number"
-            limit = f"from {low:g} to {high:g}" if high < math.inf else f"from {low} up"
-            problems.append(f"{name} = {value!r} must be {noun} {limit}")
-    switches = "SCALE_BY_STD", "GRADIENT_CHECKPOINTING", "USE_WANDB"
-    for name in (*switches, "FALL_BACK_TO_TINY"):
-        if type(globals()[name]) is not bool:
-            problems.append(f"{name} = {globals()[name]!r} must be True or False")
-    for name in ("POLICY_MODEL_NAME", "REWARD_MODEL_NAME", "SAVE_DIR"):
-        if not isinstance(globals()[name], str | Path) or not str(globals()[name]):
-            problems.append(f"{name} = {globals()[name]!r} must be a name or a folder")
-    texts = PROMPTS if isinstance(PROMPTS, list) and PROMPTS else [None]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        problems.append(f"PROMPTS = {PROMPTS!r} must be a list of texts, none empty")
-    if REWARD_FUNCTION is not None and not callable(REWARD_FUNCTION):
-        problems.append(f"REWARD_FUNCTION = {REWARD_FUNCTION!r} must be a function")
-    for name in ("SAVE_DIR", "CURVE_PATH"):
-        path = globals()[name]
-        path = Path(__file__).parent / path if isinstance(path, str | Path) else None
-        if path is None or not os.access(path.parent, os.W_OK):
-            problems.append(
-                f"{name} = {str(globals()[name])!r} must lie in a folder that can be "
-                "written to"
-            )
-    if DEVICE not in ("cpu", "cuda"):
-        problems.append(f'DEVICE = {DEVICE!r} must be "cpu" or "cuda"')
-    elif DEVICE == "cuda" and not torch.cuda.is_available():
-        problems.append('DEVICE = "cuda", but PyTorch sees no GPU here')
-    if problems:
-        stop(f"Settings: {'; '.join(problems)}.")
-
-
-def stop(line: str, kind: type[SystemExit] = SystemExit) -> None:
-    """End with status 1 and one line, printed by one of the processes if all fail."""
-    raise kind(line if os.environ.get("RANK", "0") == "0" else 1)
-
-
-class HubOutOfReach(SystemExit):
-    """A model is not on this machine, and the hub does not answer."""
-
-
-# ------------------------------------------------------------------------------------
-# The network
-# ------------------------------------------------------------------------------------
-
-
-def start_accelerator(device: str, group_sizes: dict[str, int]) -> Accelerator:
-    """Join the other processes, if this was launched as one of several.
-
-    `group_sizes`: settings that are shared out over the processes, by name.
-
-    Errors: FSDP or DeepSpeed, which cut the model itself into pieces, and sizes that
-    the processes cannot share evenly, end the program with one line and status 1.
-    """
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
-            stop(
-                f"Launched with {name}, which this script does not support: the whole "
-                "model must fit in each process. Launch it with --multi_gpu instead."
-            )
-    # On a CPU under Linux: large tensors in pages of 2 MB instead of 4 kB, for speed.
-    # PyTorch looks at this when it makes its first tensor.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
-    count = accelerator.num_processes
-    for name, size in group_sizes.items():
-        if size % count:
-            stop(f"{name} = {size} cannot be shared evenly by {count} processes.")
-    return accelerator
-
-
-def hub_answers(seconds: float = 5.0) -> bool:
-    """True if the Hugging Face hub answers within this time.
-
-    The libraries try for up to a minute before they give up. The thread is there since
-    looking up a server's name may hang for longer than any timeout.
-    """
-    answers = []
-
-    def ask():
-        try:
-            urllib.request.urlopen(hub.ENDPOINT, timeout=seconds)
-            answers.append("yes")
-        except urllib.error.HTTPError:
-            answers.append("yes, though with an error")
-        except Exception:  # no such name, no way there, no sensible answer
-            pass
-
-    if not hub.HF_HUB_OFFLINE:
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(seconds)
-    return bool(answers)
-
-
-def load_pretrained(loader: type, name: str, setting: str, **options):
-    """`loader.from_pretrained(name)`: from a folder, the cache, or else the hub.
-
-    `setting` is the constant that holds the name, for the error's sake.
-
-    Errors: whatever cannot be had or read ends the program with one line and status 1.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        name = str(folder)
-    elif folder.is_absolute() or str(name).startswith((".", "~")):
-        stop(f"{setting}: there is no folder {name}.")
-    try:
-        with contextlib.suppress(OSError):  # neither a folder nor in the cache
-            return loader.from_pretrained(name, local_files_only=True, **options)
-        if not folder.is_dir() and not hub_answers():
-            stop(
-                f"{setting}: {name} is neither a folder nor in the cache, and the "
-                "Hugging Face hub cannot be reached. Connect to the internet once, or "
-                f"set {setting} to a folder that holds the model.",
-                HubOutOfReach,
-            )
-        return loader.from_pretrained(name, **options)
-    except Exception as problem:  # a damaged or odd model can fail in any way at all
-        reason = str(problem).strip().split("\n")[0]
-        stop(f"{setting}: {name} cannot be loaded ({reason}).")
-
-
-def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model; errors as in `load_pretrained`."""
-    tokenizer = load_pretrained(AutoTokenizer, name, setting)
-    # A folder without tokenizer files gives an empty tokenizer and no error.
-    if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
-        stop(f"{setting}: {name} has no tokenizer beside the model.")
-    if tokenizer.pad_token is None:  # gpt2 has none; what is padded is masked anyway
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_policy(
-    name: str, setting: str = "POLICY_MODEL_NAME", checkpointing: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The language model and its tokenizer; errors as in `load_pretrained`."""
-    tokenizer = load_tokenizer(name, setting)
-    if tokenizer.eos_token_id is None:
-        stop(f"{setting}: the tokenizer of {name} has no end-of-text token.")
-    config = load_pretrained(AutoConfig, name, setting)
-    if checkpointing:  # works in train() mode only, so dropout has to go another way
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
-    if getattr(config, "activation_function", "") == "gelu_new":
-        # gpt2's GELU as one operation instead of seven that each keep their result.
-        config.activation_function = "gelu_pytorch_tanh"
-    # float32: in bfloat16 a step of LR = 1e-5 is lost in the rounding of most weights.
-    policy = load_pretrained(
-        AutoModelForCausalLM, name, setting, config=config, dtype=torch.float32
-    )
-    if policy.get_input_embeddings().num_embeddings < len(tokenizer):
-        stop(f"{setting}: the tokenizer of {name} has more tokens than the model.")
-    if checkpointing:  # `activation_` is the newer name, within transformers 5
-        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-        getattr(policy, new if hasattr(policy, new) else old)({"use_reentrant": False})
-    # eval() switches dropout off and nothing else; gradients flow as before. With
-    # dropout we would train another network than the one that wrote: the probabilities
-    # of the same tokens differ, in gpt2 by a factor of 0.87 to 1.09.
-    return policy.eval(), tokenizer
-
-
-def load_reward_model(
-    name: str, setting: str = "REWARD_MODEL_NAME"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The reward model and its tokenizer; errors as in `load_pretrained`, and these:
-
-    a number of outputs other than one, and a head (the last layer, which gives the
-    score) that is not in the file: transformers would fill it with random numbers.
-    """
-    config = load_pretrained(AutoConfig, name, setting)
-    if config.num_labels != 1:
-        stop(f"{setting}: {name} has {config.num_labels} outputs instead of 1 score.")
-    tokenizer = load_tokenizer(name, setting)
-    config.pad_token_id = tokenizer.pad_token_id
-    model, report = load_pretrained(
-        AutoModelForSequenceClassification,
-        name,
-        setting,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"]))
-        stop(f"{setting}: {name} is no trained reward model, it lacks {missing}.")
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def check_prompts(
-    prompts: list[str], tokenizer: PreTrainedTokenizerBase, room: int, setting: str
-) -> None:
-    """Stop with one line if a prompt has more than `room` tokens."""
-    for prompt in prompts:
-        length = len(tokenizer(prompt).input_ids)
-        if length > room:
-            stop(
-                f"PROMPTS: {prompt[:30]!r}... has {length} tokens, but the context of "
-                f"{setting} leaves room for {room}."
-            )
-
-
-def save_model(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """Write a folder that `transformers` loads, each file whole or not at all.
-
-    Files of an earlier model that this one has no more are deleted: they would be read
-    as its own. Anything else in the folder stays.
-    """
-    temporary = folder.with_name(folder.name + ".tmp")
-    policy.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = {file.name for file in temporary.iterdir()}
-    for file in temporary.iterdir():
-        os.replace(file, folder / file.name)
-    temporary.rmdir()
-    for pattern in ("*.safetensors*", "*token*.json", "vocab.*", "merges.txt", "spm.*"):
-        for file in folder.glob(pattern):
-            if file.name not in written:
-                file.unlink()
-
-
-Score = Callable[[str, list[str]], torch.Tensor]  # (prompt, n responses) -> (n,)
-
-
-def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Most tokens that the model reads at once."""
-    limit = tokenizer.model_max_length
-    return min(limit, getattr(model.config, "max_position_embeddings", limit))
-
-
-def call_reward_function(
-    function: Callable, device: torch.device, prompt: str, responses: list[str]
-) -> torch.Tensor:
-    """Rewards (n,) float32 from REWARD_FUNCTION, which must give one for each text."""
-    try:
-        rewards = torch.tensor([float(x) for x in function(prompt, responses)])
-    except (TypeError, ValueError) as problem:
-        sys.exit(f"REWARD_FUNCTION did not give numbers ({problem}).")
-    if len(rewards) != len(responses):
-        sys.exit(
-            f"REWARD_FUNCTION gave {len(rewards)} rewards for {len(responses)} texts."
-        )
-    return rewards.to(device)
-
-
-def make_score(
-    function: Callable | None,
-    model_name: str,
-    prompts: list[str],
-    device: torch.device,
-    batch_size: int,
-) -> Score:
-    """What scores the responses: `function` if there is one, else the reward model."""
-    if function is not None:
-        return functools.partial(call_reward_function, function, device)
-    model, tokenizer = load_reward_model(model_name)
-    room = context_length(model, tokenizer) - 8  # marks between the two, some response
-    check_prompts(prompts, tokenizer, room, "REWARD_MODEL_NAME")
-    return functools.partial(
-        score_responses, model.to(device), tokenizer, batch_size=batch_size
-    )
-
-
-def load_models(
-    policy_name: str,
-    reward_name: str,
-    function: Callable | None,
-    prompts: list[str],
-    device: torch.device,
-    checkpointing: bool,
-    max_new_tokens: int,
-    batch_size: int,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Score]:
-    """The policy, its tokenizer and what scores it, for prompts that fit into both."""
-    policy, tokenizer = load_policy(policy_name, checkpointing=checkpointing)
-    room = context_length(policy, tokenizer) - max_new_tokens
-    if room < 1:
-        stop(f"MAX_NEW_TOKENS = {max_new_tokens} is more than {policy_name} reads.")
-    check_prompts(prompts, tokenizer, room, "POLICY_MODEL_NAME")
-    score = make_score(function, reward_name, prompts, device, batch_size)
-    return policy.to(device), tokenizer, score
-
+HELD_OUT_SEED = 1_000_000  # of the responses before and after, which are not trained on
+TINY_MODELS = Path(__file__).with_name("grpo_tiny")
 
 # ------------------------------------------------------------------------------------
 # The equations
@@ -487,8 +132,12 @@ def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True) -> torch.
     A_i = (r_i - mean(r)) / (std(r) + 1e-4)
 
     DeepSeekMath, section 4.1.2. `scale_by_std=False` leaves out the division, as Dr.
-    GRPO does. Equal rewards give exactly 0: rounding may leave 3e-8 instead, and AdamW,
-    which divides a gradient by its usual size, could make a full step of mere noise.
+    GRPO does. Why the mean may be subtracted: sum_o pi(o) grad ln pi(o) = grad 1 = 0,
+    so a number that does not depend on the response leaves the expected gradient as it
+    is and only makes it less noisy. (The mean does depend on r_i, by one part in G,
+    which shortens the expected gradient to 1 - 1/G of itself.)
+    Equal rewards give exactly 0: rounding may leave 3e-8 instead, and AdamW, which
+    divides a gradient by its usual size, could make a full step of mere noise.
 
     `rewards` (G,) float32 of one prompt's responses gives (G,).
     By hand: rewards = [0, 1, 2]  ->  mean 1, std 1 (the sum of squares divided by
@@ -591,6 +240,10 @@ def grpo_loss(
     that of -A_i ln pi. Why that works: since d pi = pi d ln pi, the mean of r_i times
     the gradient of ln pi(o_i), over responses drawn from pi, is the gradient of the
     mean reward. (REINFORCE, lesson 1.)
+    Others since: Dr. GRPO (arXiv 2503.20783) drops the division by the length, which
+    weighs each token of a long response less, and the one by the std, which weighs
+    prompts by how alike their rewards are. DAPO (arXiv 2503.14476) takes one mean over
+    all tokens of the group, and clips less above than below.
 
     `log_probs`, `old_log_probs`, `ref_log_probs` (None without KL) and `mask` (G, L),
     `advantages` (G,); beta is `kl_coef`. Gives a scalar.
@@ -616,481 +269,183 @@ def grpo_loss(
 # ------------------------------------------------------------------------------------
 
 
-def draw_tokens(
-    logits: torch.Tensor,
-    temperature: float,
-    top_p: float,
-    generators: list[torch.Generator],
-) -> torch.Tensor:
-    """Draw one token for each row, from the likeliest that together hold `top_p`.
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
+    """The prompt as token ids (1, P), with a chat model's own marks around it."""
+    if not (USE_CHAT_TEMPLATE and tokenizer.chat_template):
+        return tokenizer(prompt, return_tensors="pt").input_ids
+    chat = [{"role": "user", "content": prompt}]
+    marked = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return marked.input_ids
 
-    Draw from all tokens; while those likelier than the one drawn hold top_p or more by
-    themselves, draw again. That gives the same distribution as sorting the
-    whole vocabulary and cutting it, but sorting 50,000 numbers takes far longer.
 
-    `logits` (n, V); each row draws from its own generator. Gives (n,) int64.
+def draw_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """Draw a token for each row of `logits` (n, V), by TEMPERATURE and TOP_P: (n, 1).
+
+    Draw from all tokens, and again while those likelier than the one drawn hold TOP_P
+    alone: the same as cutting the sorted tokens off, but faster.
     """
-    probs = (logits.float() / temperature).softmax(1)
-    # Each token owns a stretch of a ladder, as long as its probability; the token is
-    # the one whose stretch a random height falls into.
-    ladder = probs.double().cumsum(1)
-    tokens = torch.zeros(len(probs), dtype=torch.long, device=probs.device)
-    again = list(range(len(probs)))
-    while again:
-        for i in again:
-            height = torch.rand(
-                1, dtype=torch.float64, device=probs.device, generator=generators[i]
-            )
-            tokens[i] = torch.searchsorted(
-                ladder[i], height * ladder[i, -1], right=True
-            )
-        likelier = torch.where(probs > probs.gather(1, tokens[:, None]), probs, 0)
-        outside = (likelier.sum(1) >= top_p) & (top_p < 1)  # at 1, nothing is outside
-        again = outside.nonzero().flatten().tolist()
+    probs = (logits.float() / TEMPERATURE).softmax(1)
+    tokens = probs.multinomial(1)
+    outside = torch.full((len(probs),), TOP_P < 1, device=probs.device)
+    while outside.any():
+        likelier = probs.where(probs > probs.gather(1, tokens), 0).sum(1)
+        outside = likelier >= TOP_P
+        tokens[outside] = probs[outside].multinomial(1)
     return tokens
 
 
 @torch.no_grad()
 def generate_group(
-    policy: PreTrainedModel,
-    prompt_ids: torch.Tensor,
-    eos_token_id: int,
-    seeds: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    batch_size: int,
-) -> torch.Tensor:
-    """Let the policy write one response for each seed, `batch_size` at a time.
+    policy: Model, tokenizer: Tokenizer, prompt: str, samples: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let the policy write responses, one token a round for all of them.
 
-    A response depends on its own seed only, not on which others are written beside it,
-    so that it is the same, but for rounding, in any batch, on one process or several.
-
-    `prompt_ids` (1, P). Gives (n, max_new_tokens) int64; after a response's end, the
-    end-of-text token is repeated.
+    Gives prompt_ids (samples, P) and completion_ids (samples, L), filled up with ends.
     """
-    device, batches = prompt_ids.device, []
-    for start in range(0, len(seeds), batch_size):
-        generators = [
-            torch.Generator(device).manual_seed(seed)
-            for seed in seeds[start : start + batch_size]
-        ]
-        rows = len(generators)
-        batch = torch.full((rows, max_new_tokens), eos_token_id, device=device)
-        ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        # The prompt is read once, for all rows. The cache keeps what attention needs of
-        # the tokens read so far: each step then costs one token, not the whole text.
-        output = policy(prompt_ids, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(rows)
-        logits = output.logits[:, -1].expand(rows, -1)  # (rows, V)
-        if logits.isnan().any():
-            sys.exit("The policy's output is not a number: the model is damaged.")
-        with packed_weights(policy, rows):  # on a CPU: the same numbers, sooner
-            for t in range(max_new_tokens):
-                tokens = draw_tokens(logits, temperature, top_p, generators)
-                batch[:, t] = torch.where(ended, eos_token_id, tokens)
-                ended |= tokens == eos_token_id
-                if ended.all() or t == max_new_tokens - 1:
-                    break
-                last = batch[:, t : t + 1]
-                output = policy(last, past_key_values=cache, use_cache=True)
-                logits = output.logits[:, -1]
-        batches.append(batch)
-    return torch.cat(batches)
+    prompt_ids = ids = encode_prompt(tokenizer, prompt).to(policy.device)
+    cache, columns = None, []
+    ended = torch.zeros(samples, 1, dtype=torch.bool, device=policy.device)
+    while len(columns) < MAX_NEW_TOKENS and not ended.all():
+        # The cache holds what attention needs of the tokens before: only `ids` is read.
+        output = policy(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits, cache = output.logits[:, -1], output.past_key_values
+        if not columns:  # the prompt was read, once for all responses
+            logits = logits.expand(samples, -1)
+            cache.batch_repeat_interleave(samples)
+        ids = draw_tokens(logits).masked_fill(ended, tokenizer.eos_token_id)
+        ended |= ids == tokenizer.eos_token_id
+        columns.append(ids)
+    return prompt_ids.expand(samples, -1), torch.cat(columns, 1)
 
 
 @torch.no_grad()
 def score_responses(
-    reward_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    responses: list[str],
-    batch_size: int,
+    reward_model: Model, tokenizer: Tokenizer, prompt: str, responses: list[str]
 ) -> torch.Tensor:
-    """Rewards (n,) float32: the reward model's score of each (prompt, response) pair.
+    """Rewards (n,) float32, one for each pair of the prompt and a response.
 
-    The tokenizer joins the pair with its own marks between the two, as the model was
-    trained. A pair that is too long loses the end of the response, never the prompt.
+    The reward model's tokenizer joins a pair with its own marks between the two, as the
+    model was trained. A pair that is too long loses the end of the response, never the
+    prompt. REWARD_FUNCTION, if there is one, takes the place of both.
     """
-    rewards = []
-    for start in range(0, len(responses), batch_size):
-        batch = responses[start : start + batch_size]
-        inputs = tokenizer(
-            [prompt] * len(batch),
-            batch,
-            truncation="only_second",
-            max_length=context_length(reward_model, tokenizer),
-            padding=True,
-            return_tensors="pt",
-        ).to(reward_model.device)
-        rewards.append(reward_model(**inputs).logits[:, 0].float())
-    return torch.cat(rewards)
-
-
-def draw_seeds(source: torch.Generator, count: int) -> list[int]:
-    """One seed for each response; the same in every process, since `source` is."""
-    return torch.randint(2**62, (count,), generator=source).tolist()
-
-
-def collect_group(
-    accelerator: Accelerator,
-    policy: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    score: Score,
-    prompt: str,
-    seeds: list[int],
-    sampling: dict[str, float],
-) -> tuple[torch.Tensor, torch.Tensor, list[str], torch.Tensor]:
-    """A group of responses to one prompt, one for each seed, and their rewards.
-
-    Each process writes and scores an equal share; `sampling` is what `generate_group`
-    takes. Gives `prompt_ids` (1, P) and `completion_ids` (G / processes, L) of this
-    process's share, then texts and `rewards` (G,) of the whole group.
-    """
-    share = len(seeds) // accelerator.num_processes
-    seeds = seeds[accelerator.process_index * share :][:share]
-    prompt_ids = tokenizer(prompt, return_tensors="pt").input_ids
-    prompt_ids = prompt_ids.to(accelerator.device)
-    completion_ids = generate_group(
-        policy,
-        prompt_ids,
-        tokenizer.eos_token_id,
-        seeds,
-        **sampling,
-    )
-    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-    rewards = accelerator.gather(score(prompt, texts))
-    if not rewards.isfinite().all():
-        stop(
-            "A reward is not a finite number. Stopped before it reached the policy; "
-            "nothing was written."
-        )
-    return prompt_ids, completion_ids, gather_object(texts), rewards
+    if REWARD_FUNCTION is not None:
+        return torch.tensor(REWARD_FUNCTION(prompt, responses), dtype=torch.float32)
+    inputs = tokenizer(
+        [prompt] * len(responses),
+        responses,
+        truncation="only_second",
+        padding=True,
+        return_tensors="pt",
+    ).to(reward_model.device)
+    return reward_model(**inputs).logits[:, 0].float()
 
 
 def evaluate(
-    accelerator: Accelerator,
-    policy: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    score: Score,
-    prompts: list[str],
-    samples: int,
-    sampling: dict[str, float],
-    held_out_seed: int,
+    accelerator: Accelerator, policy: Model, tokenizer: Tokenizer, score: Callable
 ) -> torch.Tensor:
-    """Rewards (prompts * samples,) of responses whose seeds training never uses."""
-    source = torch.Generator().manual_seed(held_out_seed)
+    """Rewards (len(PROMPTS) * EVAL_SAMPLES,) of responses that are not trained on."""
+    set_seed(HELD_OUT_SEED, device_specific=True)  # plus the number of the process
     rewards = []
-    for prompt in prompts:
-        seeds = draw_seeds(source, samples)
-        rewards += collect_group(
-            accelerator, policy, tokenizer, score, prompt, seeds, sampling
-        )[-1]
-    return torch.stack(rewards)
+    for prompt in PROMPTS:
+        share = EVAL_SAMPLES // accelerator.num_processes
+        _, completion_ids = generate_group(policy, tokenizer, prompt, share)
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        rewards.append(accelerator.gather(score(prompt, texts)))
+    return torch.cat(rewards)
 
 
 # ------------------------------------------------------------------------------------
-# Updating the policy
+# Learning
 # ------------------------------------------------------------------------------------
 
 
-def micro_batches(
-    prompt_ids: torch.Tensor,
-    completion_ids: torch.Tensor,
-    mask: torch.Tensor,
-    advantages: torch.Tensor,
-    size: int,
-) -> list[dict[str, torch.Tensor]]:
-    """Cut a group into parts of `size` responses, for the backward pass to hold one.
-
-    Responses of about the same length go together, each part cut to its longest. A part
-    has `input_ids`, `attention_mask`, `mask` and `advantages`.
-    """
-    parts = []
-    for rows in mask.sum(1).argsort(descending=True).split(size):
-        length = int(mask[rows].sum(1).max())
-        prompts = prompt_ids.expand(len(rows), -1)
-        real = mask[rows, :length]
-        part = {
-            "input_ids": torch.cat([prompts, completion_ids[rows, :length]], 1),
-            "attention_mask": torch.cat([torch.ones_like(prompts), real], 1),
-            "mask": real,
-            "advantages": advantages[rows],
-        }
-        parts.append(part)
-    return parts
-
-
-def average_gradients(accelerator: Accelerator, policy: PreTrainedModel) -> None:
-    """Each gradient becomes its mean over the processes, so that all step alike."""
-    if accelerator.num_processes > 1:
-        for parameter in policy.parameters():
-            if parameter.grad is not None:
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+def batch_log_probs(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    """Log-probabilities (G, L) of the responses in a batch, or a part of one."""
+    prompt_ids, mask = batch["prompt_ids"], batch["mask"]
+    input_ids = torch.cat([prompt_ids, batch["completion_ids"]], 1)
+    attention_mask = torch.cat([torch.ones_like(prompt_ids), mask], 1)
+    length = mask.shape[1]
+    return completion_log_probs(model, input_ids, attention_mask, length, TEMPERATURE)
 
 
 @torch.no_grad()
-def token_sums(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    ref_log_probs: torch.Tensor | None,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    clip_eps: float,
-) -> torch.Tensor:
-    """What to watch, summed over the real tokens: KL, -ln pi, clipped, their number.
+def diagnose(log_probs: torch.Tensor, batch: dict) -> torch.Tensor:
+    """What to watch: means over a response's tokens, then over responses.
 
-    With TOP_P = 1 the mean of -ln pi over the tokens drawn estimates the entropy, with
-    no other tensor of the size of the vocabulary; below 1 it is too low, as the tail is
-    never drawn. Arguments as in `grpo_loss`.
+    1. k3, how far the policy is from the reference: 0 to 0.1 is near, 1 is far.
+    2. -ln pi, which estimates the entropy in nats a token, how undecided the policy is:
+       near 0, one answer is left. (Too low with TOP_P < 1, where no tail is drawn.)
+    3. The share of tokens past the edge of the clip: above 0.2, much is not learned.
+    4. The length in tokens; and 5. the share of responses that were cut off.
     """
-    real = mask.bool()
-    ratio = (log_probs - old_log_probs)[real].exp()
-    signs = advantages.sign().unsqueeze(1).expand_as(mask)[real]
-    clipped = (ratio - 1) * signs > clip_eps  # past the edge that its push leads to
-    kl = torch.zeros(())
+    mask, ref_log_probs = batch["mask"], batch["ref_log_probs"]
+    kl = torch.zeros_like(log_probs)
     if ref_log_probs is not None:
-        kl = kl_estimate(log_probs, ref_log_probs)[real].sum()
-    entropy = -log_probs[real].sum()
-    return torch.stack([kl.to(entropy), entropy, clipped.sum(), mask.sum()])
-
-
-def part_log_probs(
-    model: PreTrainedModel, part: dict[str, torch.Tensor], temperature: float
-) -> torch.Tensor:
-    """Log-probabilities (size, L) of the responses in one of the `micro_batches`."""
-    length = part["mask"].shape[1]
-    ids, attention_mask = part["input_ids"], part["attention_mask"]
-    return completion_log_probs(model, ids, attention_mask, length, temperature)
-
-
-def group_gradient(
-    policy: PreTrainedModel,
-    parts: list[dict[str, torch.Tensor]],
-    temperature: float,
-    clip_eps: float,
-    kl_coef: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leave the gradient of this process's share of the loss in the policy, in parts.
-
-    A part without `old_log_probs` gets them: the policy is still the one that wrote.
-    Gives the loss and the `token_sums`.
-    """
-    responses = sum(len(part["mask"]) for part in parts)
-    loss, sums = 0, 0
-    with gradients_in_place(policy):  # the same gradients, with less memory
-        for part in parts:
-            log_probs = part_log_probs(policy, part, temperature)
-            part.setdefault("old_log_probs", log_probs.detach())  # 1st: pi is pi_old
-            others = (
-                part["old_log_probs"],
-                part.get("ref_log_probs"),
-                part["advantages"],
-                part["mask"],
-                clip_eps,
-            )
-            part_loss = grpo_loss(log_probs, *others, kl_coef)
-            part_loss = part_loss * len(log_probs) / responses
-            part_loss.backward()
-            loss += part_loss.detach()
-            sums += token_sums(log_probs, *others)
-    return loss, sums
+        kl = kl_estimate(log_probs, ref_log_probs)
+    moved = (log_probs - batch["old_log_probs"]).exp() - 1
+    past_edge = moved * batch["advantages"].sign().unsqueeze(1) > CLIP_EPS
+    length = mask.sum(1)
+    sums = torch.stack([kl, -log_probs, past_edge]).masked_fill(mask == 0, 0.0).sum(2)
+    return torch.stack([*(sums / length), length, length == MAX_NEW_TOKENS]).mean(1)
 
 
 def grpo_step(
     accelerator: Accelerator,
     policy: torch.nn.Module,
-    reference: PreTrainedModel | None,
+    reference: torch.nn.Module | None,
     optimizer: torch.optim.Optimizer,
-    tokenizer: PreTrainedTokenizerBase,
-    score: Score,
-    prompt: str,
-    seeds: list[int],
-    sampling: dict[str, float],
-    clip_eps: float,
-    inner_steps: int,
-    kl_coef: float,
-    scale_by_std: bool,
-    max_grad_norm: float,
-    micro_batch_size: int,
-) -> tuple[float, list[str], torch.Tensor, dict[str, float] | None]:
-    """One group of responses, one for each seed, and `inner_steps` updates from it.
+    batch: dict[str, torch.Tensor],
+) -> dict[str, float]:
+    """INNER_STEPS gradient steps from one group, MICRO_BATCH_SIZE responses at a time.
 
-    Gives the loss, the G texts, their rewards (G,), and a dict of what else to watch,
-    or None in its place if all rewards were equal and the policy was left as it was.
+    With INNER_STEPS = 1 the policy that learns is still the one that wrote: every ratio
+    is exactly 1, the clip never acts, and the printed loss is 0 (without KL) update
+    after update, while its gradient trains. With 2, the second gradient step meets a
+    policy that has moved: ratios spread around 1, and the clip can act.
+    On several processes each has a share of the group; Accelerate averages gradients.
+
+    `batch` holds `prompt_ids` (G, P), `completion_ids` and `mask` (G, L), `advantages`
+    (G,). Gives the loss, the figures of `diagnose`, and the length of the gradient.
+    Errors: a loss that is not finite ends the program before it is learned from.
     """
-    # 2. and 3. Responses and rewards.
-    prompt_ids, completion_ids, texts, rewards = collect_group(
-        accelerator, policy, tokenizer, score, prompt, seeds, sampling
-    )
-
-    # 4. Advantages, from the rewards of all processes; then back to our own share.
-    all_advantages = group_advantages(rewards, scale_by_std)
-    if not all_advantages.any():
-        return 0.0, texts, rewards, None
-    share = len(completion_ids)
-    parts = micro_batches(
-        prompt_ids,
-        completion_ids,
-        completion_mask(completion_ids, tokenizer.eos_token_id),
-        all_advantages[accelerator.process_index * share :][:share],
-        micro_batch_size,
-    )
-
-    # 5. The gradient, and one step.
-    temperature = sampling["temperature"]
-    if reference is not None:
-        with torch.no_grad():
-            for part in parts:
-                part["ref_log_probs"] = part_log_probs(reference, part, temperature)
-    # eval() for training too (see `load_policy`); only checkpointing needs train().
-    policy.train(any(getattr(m, "gradient_checkpointing", 0) for m in policy.modules()))
-    for _ in range(inner_steps):
-        loss, sums = group_gradient(policy, parts, temperature, clip_eps, kl_coef)
-        average_gradients(accelerator, policy)
-        loss = accelerator.reduce(loss, "mean").item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-        if not math.isfinite(loss + grad_norm.item()):
-            stop(
-                "The loss is not a finite number. Stopped before it reached the "
-                "policy; nothing was written."
+    responses = len(batch["mask"])
+    parts = [
+        {name: column[rows] for name, column in batch.items()}
+        for rows in torch.arange(responses).split(MICRO_BATCH_SIZE)
+    ]
+    for inner_step in range(INNER_STEPS):
+        figures = 0
+        for part in parts:
+            log_probs = batch_log_probs(policy, part)  # (n, L)
+            if inner_step == 0:  # the policy has not moved since it wrote: it is pi_old
+                part["old_log_probs"] = log_probs.detach()
+                part["ref_log_probs"] = None
+                if reference is not None:
+                    with torch.no_grad():
+                        part["ref_log_probs"] = batch_log_probs(reference, part)
+            loss = grpo_loss(
+                log_probs,
+                part["old_log_probs"],
+                part["ref_log_probs"],
+                part["advantages"],
+                part["mask"],
+                CLIP_EPS,
+                KL_COEF,
             )
+            share = len(log_probs) / responses  # with it, the parts add up to the mean
+            accelerator.backward(share * loss)  # adds to the gradient of earlier parts
+            watched = torch.cat([loss.detach().view(1), diagnose(log_probs, part)])
+            figures = figures + share * watched
+        gradient = accelerator.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+        if not (figures[0] + gradient).isfinite():
+            sys.exit("The loss is not a finite number; the policy was left as it was.")
         optimizer.step()
         optimizer.zero_grad()
-    policy.eval()
-
-    cut_off = (completion_ids != tokenizer.eos_token_id).all(1).sum()
-    sums = accelerator.reduce(torch.cat([sums, cut_off.unsqueeze(0)]), "sum").tolist()
-    kl, entropy, clipped, tokens, cut_off = sums
-    figures = {
-        "kl": kl / tokens if reference is not None else None,
-        "entropy": entropy / tokens,
-        "clipped": clipped / tokens,
-        "length": tokens / len(seeds),
-        "cut_off": cut_off / len(seeds),
-        "grad_norm": grad_norm.item(),
-    }
-    return loss, texts, rewards, figures
-
-
-# ------------------------------------------------------------------------------------
-# Speed and memory (skip this on first reading)
-# ------------------------------------------------------------------------------------
-
-# Nothing here belongs to GRPO. Take out the two lines `with packed_weights(...)` and
-# `with gradients_in_place(...)`: the results stay the same, but for rounding.
-
-
-@contextlib.contextmanager
-def replaced_forwards(forwards: dict[torch.nn.Module, Callable]) -> Iterator[None]:
-    """Inside this, each of these layers computes with the function beside it."""
-    for layer, forward in forwards.items():
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in forwards:
-            del layer.forward  # the class's own is back
-
-
-def packed_weights(
-    policy: PreTrainedModel, rows: int
-) -> contextlib.AbstractContextManager:
-    """On a CPU: keep the weights in a layout that is made for few rows, while writing.
-
-    To write one token, `rows` vectors are multiplied by every matrix of the model. With
-    the matrices as they lie, that takes about twice as long as with a copy that oneDNN,
-    a library inside PyTorch, has laid out for the purpose. The copy is as large as the
-    gradients, which do not exist yet. The results are the same up to rounding.
-    """
-    forwards = {}
-    if policy.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for layer in policy.modules():
-            if type(layer) not in (torch.nn.Linear, Conv1D):
-                continue
-            weight = layer.weight.detach()
-            if type(layer) is Conv1D:  # what gpt2 has for Linear, the other way round
-                weight = weight.T.contiguous()
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-            forwards[layer] = functools.partial(packed_linear, packed, layer.bias)
-    return replaced_forwards(forwards)
-
-
-def packed_linear(packed, bias, x):
-    """What torch.nn.functional.linear gives, from a matrix in oneDNN's own layout."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-class AddingLinear(torch.autograd.Function):
-    """x W' + b, whose backward pass adds to W's gradient instead of making a new one.
-
-    `x` (..., I), `weight` (O, I), `bias` (O,) or None, `gradient` (O, I): where to add.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, gradient):
-        rows = x.flatten(0, -2)
-        ctx.save_for_backward(rows, weight)
-        ctx.gradient, ctx.has_bias = gradient, bias is not None
-        return torch.nn.functional.linear(rows, weight, bias).unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx, from_above):
-        # from_above: the gradient of the loss by this layer's output.
-        rows, weight = ctx.saved_tensors
-        above = from_above.flatten(0, -2)
-        ctx.gradient.addmm_(above.T, rows)
-        return from_above @ weight, None, above.sum(0) if ctx.has_bias else None, None
-
-
-def adding_linear(x, weight, bias, gradient):
-    return AddingLinear.apply(x, weight, bias, gradient)
-
-
-def adding_embedding(ids, weight, gradient, padding_idx):
-    """Rows of `weight`; the backward pass adds to the same rows of `gradient`."""
-    vectors = torch.nn.functional.embedding(ids, weight).requires_grad_()
-
-    def add_rows(from_above):
-        if padding_idx is not None:  # a padding token's row is not trained
-            from_above = from_above.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
-        gradient.index_add_(0, ids.flatten(), from_above.flatten(0, -2))
-
-    vectors.register_hook(add_rows)
-    return vectors
-
-
-def gradients_in_place(policy: PreTrainedModel) -> contextlib.AbstractContextManager:
-    """Inside this, backward passes add to the gradients of `policy` in place.
-
-    PyTorch would make a second set of gradients in each pass, and then add it to the
-    first. For the largest matrix, which most models use both to read tokens and to
-    choose them, it would make two. The sums are the same; nothing else changes.
-    """
-    forwards = {}
-    for module in policy.modules():
-        if type(module) not in (torch.nn.Linear, torch.nn.Embedding, Conv1D):
-            continue
-        if not module.weight.requires_grad:
-            continue
-        if module.weight.grad is None:  # tied layers share one
-            module.weight.grad = torch.zeros_like(module.weight)
-        weight, gradient = module.weight.detach(), module.weight.grad
-        if type(module) is torch.nn.Embedding:
-            forwards[module] = functools.partial(
-                adding_embedding,
-                weight=weight,
-                gradient=gradient,
-                padding_idx=module.padding_idx,
-            )
-            continue
-        if type(module) is Conv1D:
-            weight, gradient = weight.T, gradient.T
-        forwards[module] = functools.partial(
-            adding_linear, weight=weight, bias=module.bias, gradient=gradient
-        )
-    return replaced_forwards(forwards)
+    names = "loss", "kl", "entropy", "clipped", "length", "cut_off"
+    figures = accelerator.reduce(figures, "mean").tolist()  # over the processes
+    return dict(zip(names, figures, strict=True)) | {"gradient": gradient.item()}
 
 
 # ------------------------------------------------------------------------------------
@@ -1098,49 +453,271 @@ def gradients_in_place(policy: PreTrainedModel) -> contextlib.AbstractContextMan
 # ------------------------------------------------------------------------------------
 
 
+def main() -> None:
+    """Train the policy on NUM_STEPS groups, compare before and after, save it."""
+    check_settings()
+    accelerator = start_accelerator()
+    share = NUM_SAMPLES // accelerator.num_processes  # of each group, for this process
+
+    # 1. The policy, what scores it, and a frozen copy of it if KL_COEF needs one.
+    writer, tokenizer, score, lr = load_models(accelerator)
+    reference = copy.deepcopy(writer) if KL_COEF > 0 else None
+    if reference is not None:
+        reference = accelerator.prepare_model(reference, evaluation_mode=True)
+    optimizer = torch.optim.AdamW(writer.parameters(), lr, weight_decay=0.0, fused=True)
+    # With several processes, a backward pass through `policy` averages gradients;
+    # `writer` is the same model without that, to write with.
+    policy, optimizer = accelerator.prepare(writer, optimizer)
+    writer, history = accelerator.unwrap_model(policy), []
+
+    def save(suffix: str = "") -> None:
+        if accelerator.is_main_process:
+            save_run(writer, tokenizer, history, suffix)
+
+    with keep_unfinished_run(save) as stopped:
+        before = evaluate(accelerator, writer, tokenizer, score)
+        set_seed(SEED, device_specific=True)
+        for step in tqdm(range(NUM_STEPS), unit="step", leave=False, disable=None):
+            if gather_object(stopped):
+                sys.exit(f"Stopped after {step} steps.")
+            started, prompt = time.time(), PROMPTS[step % len(PROMPTS)]
+
+            # 2. Write this process's share of a group.
+            pair = generate_group(writer, tokenizer, prompt, share)
+            prompt_ids, completion_ids = pair
+            texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+            # 3. Score it, and collect the rewards of the whole group.
+            rewards = accelerator.gather(score(prompt, texts))
+
+            # 4. Compare within the group.
+            advantages = group_advantages(rewards, SCALE_BY_STD)
+
+            # 5. Learn, unless all rewards are equal: none is better than the others.
+            figures = {}
+            if advantages.any():
+                batch = {
+                    "prompt_ids": prompt_ids,
+                    "completion_ids": completion_ids,
+                    "mask": completion_mask(completion_ids, tokenizer.eos_token_id),
+                    "advantages": advantages.split(share)[accelerator.process_index],
+                }
+                figures = grpo_step(accelerator, policy, reference, optimizer, batch)
+            history.append(rewards.cpu())
+            texts, figures["seconds"] = gather_object(texts), time.time() - started
+            accelerator.log(figures | {"reward": rewards.mean().item()}, step=step)
+            if accelerator.is_main_process:
+                print_step(step, texts, history[-1], figures)
+
+        # 6. The gain, on responses that played no part in training, and the model.
+        after = evaluate(accelerator, writer, tokenizer, score)
+        if accelerator.is_main_process:
+            print_gain(before, after)
+        save()
+
+
+# ------------------------------------------------------------------------------------
+# Housekeeping
+# ------------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_MODELS = {"gpt2", "OpenAssistant/reward-model-deberta-v3-large"}
 LEGEND = """\
-The reward should rise; 'std' is its spread. The loss says nothing about progress: at
-the first step from a group it is 0, but for the KL. KL: distance from the first policy.
-Entropy (nats a token) near 0: one answer is left. Clipped: tokens past CLIP_EPS. Cut
-off: responses as long as MAX_NEW_TOKENS. Gradient: its length before MAX_GRAD_NORM."""
+The reward should rise; std: its spread in the group. The loss is no sign of progress:
+with INNER_STEPS = 1 it is beta times KL. KL: 0 to 0.1, near the first policy. Entropy
+(nats a token) falls; near 0, one answer is left. Clipped: best below 20 %. Cut off:
+responses as long as MAX_NEW_TOKENS. Gradient: its length before MAX_GRAD_NORM."""
 
 
-def print_step(
-    step: int,
-    loss: float,
-    texts: list[str],
-    rewards: torch.Tensor,
-    figures: dict[str, float] | None,
-    seconds: float,
-) -> None:
-    """The figures of one step, then its responses from best to worst."""
-    tqdm.write(
-        f"\nStep {step} | Loss: {loss:.4f} | Reward: {rewards.mean():+.3f} "
-        f"(std {rewards.std():.3f}, max {rewards.max():+.3f}) | {seconds:.1f} s"
+def check_settings() -> None:
+    """Stop with one line that names every impossible setting, before anything runs."""
+    folder, curve = HERE / SAVE_DIR, HERE / CURVE_PATH
+    counts = NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE
+    shares = LR, TINY_LR, TOP_P, CLIP_EPS
+    rules = {
+        "DEVICE: cpu, or cuda with a GPU": DEVICE == "cpu" or torch.cuda.is_available(),
+        "PROMPTS: a list of texts": (
+            isinstance(PROMPTS, list) and PROMPTS and all(PROMPTS)
+        ),
+        "SEED: from 0 to 499,999": 0 <= SEED < 500_000,
+        "NUM_SAMPLES, EVAL_SAMPLES: from 2": NUM_SAMPLES >= 2 and EVAL_SAMPLES >= 2,
+        "NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE: from 1": (
+            all(count >= 1 for count in counts)
+        ),
+        "LR, TINY_LR, TOP_P, CLIP_EPS: above 0, at most 1": (
+            all(0 < share <= 1 for share in shares)
+        ),
+        "TEMPERATURE: above 0": TEMPERATURE > 0,
+        "KL_COEF, MAX_GRAD_NORM: from 0": KL_COEF >= 0 and MAX_GRAD_NORM >= 0,
+        "MIXED_PRECISION: no or bf16": MIXED_PRECISION in ("no", "bf16"),
+        "SAVE_DIR: a folder, not in grpo_tiny/": not folder.is_file()
+        and TINY_MODELS.resolve() not in (folder.resolve(), *folder.resolve().parents),
+        "CURVE_PATH: a .png file": curve.suffix == ".png",
+        "SAVE_DIR, CURVE_PATH: where files can be written": (
+            os.access(folder.parent, os.W_OK) and os.access(curve.parent, os.W_OK)
+        ),
+        "USE_WANDB: pip install wandb": not USE_WANDB or find_spec("wandb"),
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        sys.exit(f"Settings: {'; '.join(broken)}.")
+
+
+def start_accelerator() -> Accelerator:
+    """Join the other processes, if this is one of several; say what is going to run."""
+    sys.stdout.reconfigure(errors="replace")  # no odd character may end a training
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    trackers = "wandb" if USE_WANDB else None
+    accelerator = Accelerator(
+        cpu=DEVICE == "cpu", mixed_precision=MIXED_PRECISION, log_with=trackers
     )
-    if figures is None:
-        tqdm.write("  Skipped: all rewards are equal, there is nothing to learn from.")
-    else:
-        kl = "off" if figures["kl"] is None else f"{figures['kl']:.4f}"
-        tqdm.write(
-            f"  KL: {kl} | Entropy: {figures['entropy']:.3f} | "
-            f"Clipped: {figures['clipped']:.1%} | Length: {figures['length']:.1f}, "
-            f"cut off: {figures['cut_off']:.0%} | Gradient: {figures['grad_norm']:.2f}"
-        )
-    for i in rewards.argsort(descending=True).tolist():
-        tqdm.write(f"  [{rewards[i]:+.2f}] {' '.join(texts[i].split())}")
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        sys.exit("FSDP and DeepSpeed split the model; this script needs it whole.")
+    count = accelerator.num_processes
+    if NUM_SAMPLES % count or EVAL_SAMPLES % count:
+        sys.exit(f"NUM_SAMPLES and EVAL_SAMPLES cannot be shared by {count} processes.")
+    try:
+        accelerator.init_trackers("grpo_training")
+    except Exception as problem:  # for example, nobody is logged in
+        sys.exit(f"USE_WANDB: {problem}".split("\n")[0])
+    accelerator.print(f"GRPO on {count} x {accelerator.device}, {NUM_STEPS} steps.")
+    accelerator.print(LEGEND)
+    return accelerator
 
 
-def print_gain(before: torch.Tensor, after: torch.Tensor, samples: int) -> None:
-    """The mean and the spread (std) of the rewards before training and after it."""
-    tqdm.write(f"\nReward of {samples} fresh responses to each prompt: mean (std)")
-    for name, rewards in [("before", before), ("after", after)]:
-        tqdm.write(f"  {name:8}{rewards.mean():+7.3f} ({rewards.std():.3f})")
+def find_model(name: str) -> str | None:
+    """A model's folder, beside this script or in the cache, or its id on the Hub.
+
+    None if it is not here and the Hub does not answer within 5 seconds.
+    """
+    folder = HERE / Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    try:
+        huggingface_hub.model_info(name, timeout=5)
+    except huggingface_hub.errors.HfHubHTTPError:
+        pass  # the Hub answers; from_pretrained will say what is wrong
+    except Exception:  # there are many ways not to get there
+        cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+        return str(Path(cached).parent) if isinstance(cached, str) else None
+    return name
 
 
-def draw_learning_curve(history: list[torch.Tensor], path: Path | str) -> None:
+def load_model(kind: type, name: str) -> tuple[Model, Tokenizer]:
+    """A model in float32, and its tokenizer.
+
+    Errors: one line, also for weights that are missing, which transformers would fill
+    with random numbers, and for a folder without a tokenizer.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        model, loading = kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as problem:
+        sys.exit(f"{name} cannot be loaded: {str(problem).strip()}".split("\n")[0])
+    if loading["missing_keys"] or len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
+        missing = ", ".join(sorted(loading["missing_keys"])) or "its tokenizer"
+        sys.exit(f"{name} is no complete {kind.__name__}, it lacks {missing}.")
+    if tokenizer.pad_token is None:  # gpt2 has none; what is padded is masked anyway
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    longest = getattr(model.config, "max_position_embeddings", 10**9)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    # eval() switches dropout off and nothing else; gradients flow as before. With
+    # dropout we would train another network than the one that wrote: the probabilities
+    # of the same tokens differ, in gpt2 by a factor of 0.87 to 1.09.
+    return model.eval(), tokenizer
+
+
+def load_models(accelerator: Accelerator) -> tuple[Model, Tokenizer, Callable, float]:
+    """The policy, its tokenizer, score(prompt, responses), and the learning rate."""
+    names = [POLICY_MODEL_NAME, REWARD_MODEL_NAME][: 1 if REWARD_FUNCTION else 2]
+    found = [find_model(name) for name in names]
+    if None in found:
+        missing = names[found.index(None)]
+        line = f"{missing} is not here, and the Hugging Face Hub cannot be reached"
+        if not FALL_BACK_TO_TINY or not DEFAULT_MODELS.issuperset(names):
+            sys.exit(f"{line}: connect to the internet, or name a folder with a model.")
+        accelerator.print(f"{line}: falling back to the models in grpo_tiny/.")
+        found = [str(TINY_MODELS / part) for part in ("policy", "reward")][: len(names)]
+    policy, tokenizer = load_model(transformers.AutoModelForCausalLM, found[0])
+    longest = max(encode_prompt(tokenizer, prompt).shape[1] for prompt in PROMPTS)
+    if longest + MAX_NEW_TOKENS > tokenizer.model_max_length:
+        sys.exit(f"A prompt and MAX_NEW_TOKENS together are too long for {found[0]}.")
+    reward_model = reward_tokenizer = None
+    if REWARD_FUNCTION is None:
+        kind = transformers.AutoModelForSequenceClassification
+        reward_model, reward_tokenizer = load_model(kind, found[1])
+        if reward_model.num_labels != 1:
+            sys.exit(f"{found[1]} has {reward_model.num_labels} outputs, not 1 score.")
+        reward_model.to(accelerator.device)
+
+    def score(prompt: str, responses: list[str]) -> torch.Tensor:
+        rewards = score_responses(reward_model, reward_tokenizer, prompt, responses)
+        if rewards.shape != (len(responses),) or not rewards.isfinite().all():
+            sys.exit(f"Not a finite reward for each response: {rewards.tolist()}")
+        return rewards.to(accelerator.device)
+
+    lr = TINY_LR if Path(found[0]) == TINY_MODELS / "policy" else LR
+    return policy.to(accelerator.device), tokenizer, score, lr
+
+
+@contextlib.contextmanager
+def keep_unfinished_run(save: Callable[[str], None]) -> Iterator[list[int]]:
+    """Whatever ends the lines inside early, the run so far is kept under another name.
+
+    Ctrl-C (or `kill`) only leaves a mark in the list that this gives, at which main()
+    looks once a step; a second one interrupts at once.
+    """
+    marks = []
+
+    def mark(number, frame):
+        marks.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, mark) for number in numbers}
+    try:
+        yield marks
+    except BaseException:
+        save("_interrupted")
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save_run(policy: Model, tokenizer: Tokenizer, history: list, suffix: str) -> None:
+    """Write model and curve, with `suffix` added to both names.
+
+    The model is written aside first. While its files move in, the folder has no
+    config.json: it loads as it should, or not at all. Other files there stay.
+    """
+    folder, curve = HERE / SAVE_DIR, HERE / CURVE_PATH
+    folder = folder.with_name(folder.name + suffix)
+    curve = curve.with_stem(curve.stem + suffix)
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as aside:
+        policy.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        for name in ("config.json", "chat_template.jinja"):
+            (folder / name).unlink(missing_ok=True)
+        for file in sorted(
+            Path(aside).iterdir(), key=lambda x: x.name == "config.json"
+        ):
+            os.replace(file, folder / file.name)
+    if history:
+        draw_learning_curve(history, curve)
+    print(f"\nWritten: {folder.name}/ and {curve.name}. To use the model, in Python:")
+    print("  from transformers import pipeline")
+    print(f'  pipeline("text-generation", "{folder}")({PROMPTS[0]!r})')
+
+
+def draw_learning_curve(history: list[torch.Tensor], path: Path) -> None:
     """Write a picture of the rewards (G,) of each step: mean, spread and best."""
-    rewards = torch.stack(history).cpu()  # (steps, G)
+    rewards = torch.stack(history)  # (steps, G)
     mean, std = rewards.mean(1), rewards.std(1)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
@@ -1152,130 +729,33 @@ def draw_learning_curve(history: list[torch.Tensor], path: Path | str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def save_run(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    history: list[torch.Tensor],
-    save_dir: Path | str,
-    curve_path: Path | str,
-    suffix: str = "",
-) -> str:
-    """Write model and curve, with `suffix` added to both names; give the names."""
-    folder = Path(__file__).parent / save_dir
-    folder = folder.with_name(folder.name + suffix)
-    save_model(policy, tokenizer, folder)
-    if not history:  # stopped before the first step: there is no curve yet
-        return f"{folder.name}/"
-    curve_path = Path(curve_path)
-    curve_path = curve_path.with_stem(curve_path.stem + suffix)
-    draw_learning_curve(history, curve_path)
-    return f"{folder.name}/ and {curve_path.name}"
-
-
-def start_wandb():
-    """The Weights & Biases module, with a run begun."""
-    try:
-        import wandb
-    except ImportError:
-        stop("USE_WANDB is True, but wandb is not installed: pip install wandb")
-    wandb.init(project="grpo_training")
-    return wandb
-
-
-@contextlib.contextmanager
-def memory_error_in_one_line() -> Iterator[None]:
-    """Say which settings to lower if the GPU's memory runs out in here."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        sys.exit(
-            "Out of GPU memory. Lower MICRO_BATCH_SIZE, SAMPLE_BATCH_SIZE or "
-            "MAX_NEW_TOKENS, or set GRADIENT_CHECKPOINTING = True."
+def print_step(
+    step: int, texts: list[str], rewards: torch.Tensor, figures: dict[str, float]
+) -> None:
+    """Print the figures of one step, then its responses from best to worst."""
+    tqdm.write(
+        f"\nStep {step} | Loss: {figures.get('loss', 0):.4f} | Reward: "
+        f"{rewards.mean():+.3f} (std {rewards.std():.3f}, max {rewards.max():+.3f}) | "
+        f"{figures['seconds']:.1f} s"
+    )
+    if "loss" in figures:
+        kl = f"{figures['kl']:.4f}" if KL_COEF > 0 else "off"
+        tqdm.write(
+            f"  KL: {kl} | Entropy: {figures['entropy']:.3f} | "
+            f"Clipped: {figures['clipped']:.1%} | Length: {figures['length']:.1f}, "
+            f"cut off: {figures['cut_off']:.0%} | Gradient: {figures['gradient']:.2f}"
         )
+    else:
+        tqdm.write("  Skipped: all rewards are equal, there is nothing to learn from.")
+    for i in rewards.argsort(descending=True).tolist():
+        tqdm.write(f"  [{rewards[i]:+.2f}] {' '.join(texts[i].split())}")
 
 
-def settings(*names: str) -> dict:
-    """These Settings as keyword arguments: CLIP_EPS as clip_eps=..., and so on."""
-    return {name.lower(): globals()[name] for name in names}
-
-
-@memory_error_in_one_line()
-def main() -> None:
-    """Train the policy for NUM_STEPS groups, compare before and after, save it."""
-    check_settings()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    sizes = {"NUM_SAMPLES": NUM_SAMPLES, "EVAL_SAMPLES": EVAL_SAMPLES}
-    accelerator = start_accelerator(DEVICE, sizes)
-    chief, device = accelerator.is_main_process, accelerator.device
-    say = tqdm.write if chief else lambda line: None
-    judge = getattr(REWARD_FUNCTION, "__name__", REWARD_FUNCTION) or REWARD_MODEL_NAME
-    say(f"GRPO on {accelerator.num_processes} x {device}: {NUM_STEPS} steps, each")
-    say(f"of {NUM_SAMPLES} responses by {POLICY_MODEL_NAME}, scored by {judge}.")
-    say(LEGEND)
-
-    # 1. The policy, what scores it, and a frozen copy of it if KL_COEF needs one.
-    names, tiny = (POLICY_MODEL_NAME, REWARD_MODEL_NAME), TINY_MODELS / "policy"
-    options = REWARD_FUNCTION, PROMPTS, device, GRADIENT_CHECKPOINTING
-    options = *options, MAX_NEW_TOKENS, SAMPLE_BATCH_SIZE
-    missing = None
-    try:
-        policy, tokenizer, score = load_models(*names, *options)
-    except HubOutOfReach as problem:
-        missing = problem
-    if any(gather_object([missing is not None])):  # in one process: then in all
-        if not FALL_BACK_TO_TINY or not tiny.is_dir():
-            raise missing or HubOutOfReach("Another process cannot get a model.")
-        say("The hub is out of reach and a model missing: on with those in grpo_tiny/.")
-        names = str(tiny), str(TINY_MODELS / "reward")
-        policy, tokenizer, score = load_models(*names, *options)
-    is_tiny = Path(names[0]).expanduser().resolve() == tiny.resolve()
-    reference = copy.deepcopy(policy) if KL_COEF > 0 else None
-    lr = TINY_LR if is_tiny else LR
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, weight_decay=0.0, fused=True)
-    wandb = start_wandb() if USE_WANDB and chief else None
-    sampling = settings("MAX_NEW_TOKENS", "TEMPERATURE", "TOP_P")
-    sampling["batch_size"] = SAMPLE_BATCH_SIZE
-    algorithm = settings("CLIP_EPS", "INNER_STEPS", "KL_COEF", "SCALE_BY_STD")
-    algorithm |= settings("MAX_GRAD_NORM", "MICRO_BATCH_SIZE")
-    held_out = accelerator, policy, tokenizer, score, PROMPTS, EVAL_SAMPLES, sampling
-    history, seed_source = [], torch.Generator().manual_seed(SEED)
-    bar = tqdm(total=NUM_STEPS, unit="step", leave=False, disable=not chief or None)
-    try:
-        before = evaluate(*held_out, HELD_OUT_SEED)
-        for step in range(NUM_STEPS):
-            # 2. to 5. A group of responses, their rewards, advantages, and an update.
-            started, prompt = time.time(), PROMPTS[step % len(PROMPTS)]
-            seeds = draw_seeds(seed_source, NUM_SAMPLES)
-            models = policy, reference, optimizer, tokenizer, score
-            loss, texts, rewards, figures = grpo_step(
-                accelerator, *models, prompt, seeds, sampling, **algorithm
-            )
-            history.append(rewards)
-            bar.update()
-            if chief:
-                print_step(step, loss, texts, rewards, figures, time.time() - started)
-            if wandb:
-                mean = {"reward": rewards.mean().item(), "loss": loss}
-                wandb.log(mean | (figures or {}))
-        after = evaluate(*held_out, HELD_OUT_SEED)
-    except KeyboardInterrupt:
-        bar.close()
-        if chief:
-            files = SAVE_DIR, CURVE_PATH, "_interrupted"
-            written = save_run(policy, tokenizer, history, *files)
-            say(f"\nStopped after {len(history)} steps. This run is kept in {written}.")
-        return
-    bar.close()
-
-    # 6. The gain, on responses that played no part in training, and the model.
-    if chief:
-        print_gain(before, after, EVAL_SAMPLES)
-        written = save_run(policy, tokenizer, history, SAVE_DIR, CURVE_PATH)
-        say(f"Written: {written}. Let it write, in Python:")
-        say("  from transformers import pipeline")
-        folder = Path(__file__).parent / SAVE_DIR
-        say(f'  pipeline("text-generation", "{folder}")({PROMPTS[0]!r})')
+def print_gain(before: torch.Tensor, after: torch.Tensor) -> None:
+    """Print mean and std of the rewards before training and after it."""
+    print(f"\nReward of {EVAL_SAMPLES} fresh responses to each prompt: mean (std)")
+    for name, rewards in [("before", before), ("after", after)]:
+        print(f"  {name:8}{rewards.mean():+7.3f} ({rewards.std():.3f})")
 
 
 if __name__ == "__main__":
