@@ -58,7 +58,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, set_seed
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -470,11 +470,7 @@ def main() -> None:
     policy, optimizer = accelerator.prepare(writer, optimizer)
     writer, history = accelerator.unwrap_model(policy), []
 
-    def save(suffix: str = "") -> None:
-        if accelerator.is_main_process:
-            save_run(writer, tokenizer, history, suffix)
-
-    with keep_unfinished_run(save) as stopped:
+    with keep_unfinished_run(writer, tokenizer, history) as stopped:
         before = evaluate(accelerator, writer, tokenizer, score)
         set_seed(SEED, device_specific=True)
         for step in tqdm(range(NUM_STEPS), unit="step", leave=False, disable=None):
@@ -483,8 +479,9 @@ def main() -> None:
             started, prompt = time.time(), PROMPTS[step % len(PROMPTS)]
 
             # 2. Write this process's share of a group.
-            pair = generate_group(writer, tokenizer, prompt, share)
-            prompt_ids, completion_ids = pair
+            prompt_ids, completion_ids = generate_group(
+                writer, tokenizer, prompt, share
+            )
             texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
 
             # 3. Score it, and collect the rewards of the whole group.
@@ -513,7 +510,7 @@ def main() -> None:
         after = evaluate(accelerator, writer, tokenizer, score)
         if accelerator.is_main_process:
             print_gain(before, after)
-        save()
+        save_run(writer, tokenizer, history)
 
 
 # ------------------------------------------------------------------------------------
@@ -532,26 +529,22 @@ responses as long as MAX_NEW_TOKENS. Gradient: its length before MAX_GRAD_NORM."
 def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
     folder, curve = HERE / SAVE_DIR, HERE / CURVE_PATH
-    counts = NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE
-    shares = LR, TINY_LR, TOP_P, CLIP_EPS
     rules = {
         "DEVICE: cpu, or cuda with a GPU": DEVICE == "cpu" or torch.cuda.is_available(),
-        "PROMPTS: a list of texts": (
-            isinstance(PROMPTS, list) and PROMPTS and all(PROMPTS)
-        ),
+        "PROMPTS: a list of texts": isinstance(PROMPTS, list) and any(PROMPTS),
         "SEED: from 0 to 499,999": 0 <= SEED < 500_000,
-        "NUM_SAMPLES, EVAL_SAMPLES: from 2": NUM_SAMPLES >= 2 and EVAL_SAMPLES >= 2,
+        "NUM_SAMPLES, EVAL_SAMPLES: from 2": min(NUM_SAMPLES, EVAL_SAMPLES) >= 2,
         "NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE: from 1": (
-            all(count >= 1 for count in counts)
+            min(NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE) >= 1
         ),
-        "LR, TINY_LR, TOP_P, CLIP_EPS: above 0, at most 1": (
-            all(0 < share <= 1 for share in shares)
+        "LR, TINY_LR, TOP_P, CLIP_EPS: above 0, at most 1": all(
+            0 < value <= 1 for value in (LR, TINY_LR, TOP_P, CLIP_EPS)
         ),
-        "TEMPERATURE: above 0": TEMPERATURE > 0,
-        "KL_COEF, MAX_GRAD_NORM: from 0": KL_COEF >= 0 and MAX_GRAD_NORM >= 0,
+        "TEMPERATURE, MAX_GRAD_NORM: above 0": TEMPERATURE > 0 and MAX_GRAD_NORM > 0,
+        "KL_COEF: from 0": KL_COEF >= 0,
         "MIXED_PRECISION: no or bf16": MIXED_PRECISION in ("no", "bf16"),
-        "SAVE_DIR: a folder, not in grpo_tiny/": not folder.is_file()
-        and TINY_MODELS.resolve() not in (folder.resolve(), *folder.resolve().parents),
+        "SAVE_DIR: a folder outside grpo_tiny/": not folder.is_file()
+        and not folder.resolve().is_relative_to(TINY_MODELS.resolve()),
         "CURVE_PATH: a .png file": curve.suffix == ".png",
         "SAVE_DIR, CURVE_PATH: where files can be written": (
             os.access(folder.parent, os.W_OK) and os.access(curve.parent, os.W_OK)
@@ -605,10 +598,9 @@ def find_model(name: str) -> str | None:
 
 
 def load_model(kind: type, name: str) -> tuple[Model, Tokenizer]:
-    """A model in float32, and its tokenizer.
+    """A model in float32, and its tokenizer; one line if either is not complete.
 
-    Errors: one line, also for weights that are missing, which transformers would fill
-    with random numbers, and for a folder without a tokenizer.
+    transformers would fill missing weights with random numbers.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -633,14 +625,16 @@ def load_model(kind: type, name: str) -> tuple[Model, Tokenizer]:
 def load_models(accelerator: Accelerator) -> tuple[Model, Tokenizer, Callable, float]:
     """The policy, its tokenizer, score(prompt, responses), and the learning rate."""
     names = [POLICY_MODEL_NAME, REWARD_MODEL_NAME][: 1 if REWARD_FUNCTION else 2]
-    found = [find_model(name) for name in names]
+    found, lr = [find_model(name) for name in names], LR
     if None in found:
         missing = names[found.index(None)]
         line = f"{missing} is not here, and the Hugging Face Hub cannot be reached"
         if not FALL_BACK_TO_TINY or not DEFAULT_MODELS.issuperset(names):
             sys.exit(f"{line}: connect to the internet, or name a folder with a model.")
         accelerator.print(f"{line}: falling back to the models in grpo_tiny/.")
-        found = [str(TINY_MODELS / part) for part in ("policy", "reward")][: len(names)]
+        found = [str(TINY_MODELS / "policy"), str(TINY_MODELS / "reward")]
+    if Path(found[0]) == TINY_MODELS / "policy":
+        lr = TINY_LR
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, found[0])
     longest = max(encode_prompt(tokenizer, prompt).shape[1] for prompt in PROMPTS)
     if longest + MAX_NEW_TOKENS > tokenizer.model_max_length:
@@ -659,42 +653,40 @@ def load_models(accelerator: Accelerator) -> tuple[Model, Tokenizer, Callable, f
             sys.exit(f"Not a finite reward for each response: {rewards.tolist()}")
         return rewards.to(accelerator.device)
 
-    lr = TINY_LR if Path(found[0]) == TINY_MODELS / "policy" else LR
     return policy.to(accelerator.device), tokenizer, score, lr
 
 
 @contextlib.contextmanager
-def keep_unfinished_run(save: Callable[[str], None]) -> Iterator[list[int]]:
+def keep_unfinished_run(
+    policy: Model, tokenizer: Tokenizer, history: list
+) -> Iterator[list]:
     """Whatever ends the lines inside early, the run so far is kept under another name.
 
-    Ctrl-C (or `kill`) only leaves a mark in the list that this gives, at which main()
-    looks once a step; a second one interrupts at once.
+    Ctrl-C and `kill` only leave a mark in the list that this gives; main() looks at it
+    once a step.
     """
-    marks = []
-
-    def mark(number, frame):
-        marks.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, mark) for number in numbers}
+    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, lambda *_: stopped.append(True)) for n in numbers]
     try:
-        yield marks
+        yield stopped
     except BaseException:
-        save("_interrupted")
+        save_run(policy, tokenizer, history, "_interrupted")
         raise
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
-def save_run(policy: Model, tokenizer: Tokenizer, history: list, suffix: str) -> None:
+def save_run(
+    policy: Model, tokenizer: Tokenizer, history: list, suffix: str = ""
+) -> None:
     """Write model and curve, with `suffix` added to both names.
 
     The model is written aside first. While its files move in, the folder has no
     config.json: it loads as it should, or not at all. Other files there stay.
     """
+    if not PartialState().is_main_process:
+        return
     folder, curve = HERE / SAVE_DIR, HERE / CURVE_PATH
     folder = folder.with_name(folder.name + suffix)
     curve = curve.with_stem(curve.stem + suffix)
@@ -704,9 +696,10 @@ def save_run(policy: Model, tokenizer: Tokenizer, history: list, suffix: str) ->
         tokenizer.save_pretrained(aside)
         for name in ("config.json", "chat_template.jinja"):
             (folder / name).unlink(missing_ok=True)
-        for file in sorted(
-            Path(aside).iterdir(), key=lambda x: x.name == "config.json"
-        ):
+        files = sorted(
+            Path(aside).iterdir(), key=lambda file: file.name == "config.json"
+        )
+        for file in files:
             os.replace(file, folder / file.name)
     if history:
         draw_learning_curve(history, curve)
@@ -729,9 +722,7 @@ def draw_learning_curve(history: list[torch.Tensor], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def print_step(
-    step: int, texts: list[str], rewards: torch.Tensor, figures: dict[str, float]
-) -> None:
+def print_step(step: int, texts: list, rewards: torch.Tensor, figures: dict) -> None:
     """Print the figures of one step, then its responses from best to worst."""
     tqdm.write(
         f"\nStep {step} | Loss: {figures.get('loss', 0):.4f} | Reward: "
