@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 CODE_BLOCKS = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.DOTALL))
 QUOTED = sorted(set(re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PROSE)))
-SHELL_LINES = [line for line in CODE_BLOCKS.splitlines() if line.strip()]
+SHELL_LINES = CODE_BLOCKS.replace("\\\n", " ").splitlines()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DIFFS = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -184,7 +184,7 @@ def run(command, folder, given=""):
 
 
 @pytest.mark.parametrize(
-    "line", [x for x in SHELL_LINES if not x.startswith(("pip", "#"))]
+    "line", [x for x in SHELL_LINES if x and not x.startswith("pip")]
 )
 def test_every_command_of_the_readme_runs(copy_of_repository, line):
     if "--num_machines" in line:  # there is no second machine here
