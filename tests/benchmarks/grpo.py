@@ -29,6 +29,7 @@ default_pair: lesson 4 with all its default settings, but three steps only, on m
     which changes neither time nor memory. On a GPU, in bfloat16 as well.
 """
 
+import ast
 import json
 import os
 import platform
@@ -154,8 +155,8 @@ def run_lesson(**settings):
         files = {"SAVE_DIR": "trained_model", "CURVE_PATH": "grpo_learning_curve.png"}
         files = {name: Path(folder, file) for name, file in files.items()}
         for name, value in (files | settings).items():
-            kind = type(getattr(lesson, name))  # "2" for NUM_SAMPLES is the number 2
-            setattr(lesson, name, kind(value) if isinstance(value, str) else value)
+            assert hasattr(lesson, name), f"{name} is no Setting"
+            setattr(lesson, name, value)
         lesson.main()
     before, after = held_out
     return steps, before, after
@@ -378,7 +379,8 @@ def train(model, *edits):
     settings = {"POLICY_MODEL_NAME": model, "REWARD_FUNCTION": benefits_named}
     if not edits:
         settings["CURVE_PATH"] = ROOT / "assets" / "grpo_learning_curve.png"
-    settings |= dict(edit.split("=") for edit in edits)  # such as NUM_SAMPLES=2
+    for name, value in (edit.split("=") for edit in edits):  # such as NUM_SAMPLES=2
+        settings[name] = ast.literal_eval(value)
     started = time.time()
     steps, before, after = run_lesson(**settings)
     run = {
