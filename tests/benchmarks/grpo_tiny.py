@@ -50,30 +50,32 @@ topics = read_topics(TOPICS)[HELD_OUT]
 HELD_OUT_TOPICS = [f"Explain why {topic} is important." for topic in topics[:40:10]]
 
 
-def measure(policy_folder):
-    """Fresh responses of a policy to every prompt, and their rewards."""
-    import torch
+def load_pair(policy_folder):
+    """A policy and the reward model, each with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     import grpo_training as lesson
 
-    policy, tokenizer = lesson.load_policy(str(policy_folder))
-    reward = lesson.load_reward_model(str(TINY / "reward"))
+    return (
+        lesson.load_model(AutoModelForCausalLM, str(policy_folder)),
+        lesson.load_model(AutoModelForSequenceClassification, str(TINY / "reward")),
+    )
+
+
+def measure(policy_folder):
+    """Fresh responses of a policy to every prompt, and their rewards."""
+    from accelerate.utils import set_seed
+
+    import grpo_training as lesson
+
+    (policy, tokenizer), reward = load_pair(policy_folder)
     found = {}
     for prompt in [TRAINED, *OTHERS, *HELD_OUT_TOPICS]:
         count = SAMPLES if prompt == TRAINED else OTHER_SAMPLES
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        completions = lesson.generate_group(
-            policy,
-            ids,
-            tokenizer.eos_token_id,
-            list(range(FRESH_SEED, FRESH_SEED + count)),
-            lesson.MAX_NEW_TOKENS,
-            lesson.TEMPERATURE,
-            lesson.TOP_P,
-            lesson.SAMPLE_BATCH_SIZE,
-        )
+        set_seed(FRESH_SEED)
+        _, completions = lesson.generate_group(policy, tokenizer, prompt, count)
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        rewards = lesson.score_responses(*reward, prompt, texts, 32)
+        rewards = lesson.score_responses(*reward, prompt, texts)
         lengths = (completions != tokenizer.eos_token_id).sum(1)
         found[prompt] = {
             "texts": [" ".join(text.split()) for text in texts],
@@ -81,7 +83,6 @@ def measure(policy_folder):
             "cut off": (lengths == lesson.MAX_NEW_TOKENS).float().mean().item(),
             "length": lengths.float().mean().item(),
         }
-    torch.manual_seed(0)
     return found
 
 
@@ -107,15 +108,14 @@ def pairs():
     """Pairwise accuracy of the reward model on the held-out pairs, by flaw."""
     import grpo_training as lesson
 
-    reward = lesson.load_reward_model(str(TINY / "reward"))
+    _, reward = load_pair(TINY / "policy")
     with gzip.open(TINY / "held_out_pairs.jsonl.gz", "rt") as file:
         lines = [json.loads(line) for line in file]
     won = {}
     for line in lines:
         texts = [line["chosen"], *line["rejected"].values()]
-        chosen, *rejected = lesson.score_responses(
-            *reward, line["prompt"], texts, 32
-        ).tolist()
+        rewards = lesson.score_responses(*reward, line["prompt"], texts)
+        chosen, *rejected = rewards.tolist()
         for flaw, score in zip(line["rejected"], rejected, strict=True):
             won.setdefault(flaw, []).append(chosen > score)
     return {"pairs": len(lines)} | {f: statistics.mean(w) for f, w in won.items()}
