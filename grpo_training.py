@@ -126,7 +126,7 @@ CURVE_PATH = Path(__file__).with_name("grpo_learning_curve.png")
 USE_WANDB = False  # also send the figures to Weights & Biases (pip install wandb)
 
 HELD_OUT_SEED = 1_000_000  # of the responses before and after, which are not trained on
-TINY_MODELS = Path(__file__).with_name("grpo_tiny")
+TINY_MODELS = Path(__file__).resolve().with_name("grpo_tiny")
 
 # ------------------------------------------------------------------------------------
 # The equations
@@ -294,12 +294,13 @@ def draw_tokens(logits: torch.Tensor) -> torch.Tensor:
     alone: the same as cutting the sorted tokens off, but faster.
     """
     probs = (logits.float() / TEMPERATURE).softmax(1)
-    tokens = probs.multinomial(1)
+    # Two are drawn and one is used: to draw one, PyTorch makes V random numbers a row.
+    tokens = probs.multinomial(2, replacement=True)[:, :1]
     outside = torch.full((len(probs),), TOP_P < 1, device=probs.device)
     while outside.any():
         likelier = probs.where(probs > probs.gather(1, tokens), 0).sum(1)
         outside = likelier >= TOP_P
-        tokens[outside] = probs[outside].multinomial(1)
+        tokens[outside] = probs[outside].multinomial(2, replacement=True)[:, :1]
     return tokens
 
 
