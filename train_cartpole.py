@@ -21,7 +21,7 @@ The algorithm in 6 steps
 Symbols (T steps, N episodes side by side, B steps in which `alive` (T, N) is True)
     s_t         observations  (T, N, 4)  cart m, cart m/s, pole rad, pole rad/s
     a_t         actions       (T, N)     0 pushes the cart left, 1 pushes it right
-    r_t         rewards       (T, N)     1 for each step, 0 after the end, not alive
+    r_t         rewards       (T, N)     1 for each step, 0 after the episode's end
     G_t         returns       (T, N)     r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
     A_t         advantages    (B,)       G_t minus the mean of the batch
     ln pi(a|s)  log_probs     (B,)       log-probability of the action that was taken
