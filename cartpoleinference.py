@@ -10,9 +10,8 @@ Run it, and what you should see
     as `cartpole.gif`.
     greedy    500.0 +- 0.0, minimum 500: taking the most likely action, the pole never
               falls. 500 is the most, since CartPole-v1 ends an episode there.
-    sampled   498.2 +- 9.6, minimum 438: drawing each action at random, as in training,
-              it falls in 4 of 100 episodes. (train_cartpole.py prints 498.7: other
-              draws.)
+    sampled   498.2 +- 9.6, minimum 438: drawing each action from the policy, as in
+              training, it falls in 4 of 100 episodes.
     random    22.4 +- 12.1: the score of an agent that learned nothing.
 """
 
@@ -36,7 +35,7 @@ ACTION_SEED = 0  # of the sampled and random actions; the starts have their own 
 SHOW = True  # False: print the table and end
 GIF_PATH = Path(__file__).with_name("cartpole.gif")
 GIF_EVERY = 2  # keep one frame in so many; CartPole moves at 50 frames/s, a GIF at 25
-GIF_SIZE = (300, 200)  # pixels, half of what the environment draws
+GIF_SIZE = (300, 200)  # pixels; the environment draws 600 x 400
 
 # ------------------------------------------------------------------------------------
 # Measuring
@@ -44,7 +43,7 @@ GIF_SIZE = (300, 200)  # pixels, half of what the environment draws
 
 
 def random_policy(observations: torch.Tensor) -> torch.Tensor:
-    """Logits (B, 2) for any observations (B, 4), all equal: each push has p = 1/2."""
+    """Observations (B, 4) -> logits (B, 2), all equal: each push has p = 1/2."""
     return torch.zeros(len(observations), 2)
 
 
@@ -71,17 +70,15 @@ def print_report(policy: PolicyNetwork) -> None:
 
 @torch.no_grad()
 def play_one_episode(policy: PolicyNetwork, env: gym.Env) -> tuple[int, list]:
-    """Play one greedy episode; give its score and, in mode "rgb_array", its frames."""
+    """Play one greedy episode; give its score and its frames."""
     frames, score, ended, window = [], 0, False, env.render_mode == "human"
     observation, _ = env.reset(seed=lesson.HELD_OUT_SEED)
     while not ended:
-        if not window:  # a window is drawn by the environment itself
-            frames.append(env.render())
+        frames.append(env.render())  # None in a window, which draws by itself
         action = policy(torch.from_numpy(observation)[None]).argmax().item()
         observation, reward, terminated, truncated, _ = env.step(action)
         score += int(reward)
-        closed = window and pygame.event.peek(pygame.QUIT)
-        ended = terminated or truncated or closed
+        ended = terminated or truncated or window and pygame.event.peek(pygame.QUIT)
     return score, frames
 
 
@@ -119,8 +116,6 @@ def has_display() -> bool:
 
 def main() -> None:
     """Load the weights, print the report, show an episode."""
-    if type(SHOW) is not bool or type(GIF_EVERY) is not int or GIF_EVERY < 1:
-        sys.exit("Settings: SHOW must be True or False, GIF_EVERY a whole number > 0.")
     policy = load_policy()
     torch.manual_seed(ACTION_SEED)
     torch.set_num_threads(1)

@@ -17,9 +17,8 @@ The environment in 6 decisions (each is marked in the code with its number)
        What one side gets the other side loses, so the loser's reward is minus this.
     5. End: `terminated` is True when the game is over by its own rules. `truncated`
        would mean that a time limit cut it short: always False, nine cells fill up.
-    6. Randomness: the game has none, but `reset` must take a `seed` all the same. It is
-       for the environment only: Gymnasium's spaces have random generators of their own,
-       so if you draw moves from one, also call `action_space.seed(...)`.
+    6. Randomness: the game has none, but `reset` must take a `seed` all the same. Moves
+       drawn from `action_space` are seeded apart, with `action_space.seed(...)`.
 
 Cells are numbered row by row:   0 1 2      X always moves first, so X is to move when
                                  3 4 5      an even number of stones lies on the board.
@@ -32,9 +31,8 @@ Run it, or use it
     env = gym.make("TicTacToe-v0", render_mode="human")
     envs = gym.make_vec("TicTacToe-v0", num_envs=1024)
 
-To change the task
-    The rules are `WINS`, `has_won` and `play_moves`. For a larger board also edit every
-    9 and 8 here, `board_text`, and in tictactoe_actorcritic.py PLIES and the networks.
+    For another game edit `WINS`, `has_won` and `play_moves`; for a larger board also
+    every 9 and 8, `board_text`, and in tictactoe_actorcritic.py PLIES and the networks.
 """
 
 import gymnasium as gym
@@ -104,11 +102,8 @@ def board_text(board: np.ndarray) -> str:
 
 
 def starting_board(options: dict | None) -> np.ndarray:
-    """The board that `reset` begins with: empty, or `options["board"]` (9,).
-
-    The latter is a game under way, as the side to move sees it. Errors: ValueError for
-    a position in which no move can be made.
-    """
+    """The board that `reset` begins with: empty, or `options["board"]` (9,), a game
+    under way as the side to move sees it. ValueError if no move can be made in it."""
     if options is None or options.get("board") is None:
         return np.zeros(9, dtype=np.int8)
     board = np.asarray(options["board"])
@@ -154,9 +149,8 @@ class TicTacToeEnv(gym.Env):
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Take cell `action` for the side to move; the observation is the other side's.
 
-        Returns (observation, reward, terminated, truncated, info). A taken cell ends
-        the game as a loss of the mover. A number that is no cell at all is a bug in the
-        caller, not a bad move: InvalidAction.
+        Returns (observation, reward, terminated, truncated, info). A number that is no
+        cell at all is a bug in the caller, not a bad move: InvalidAction.
         """
         # As an array: in Gymnasium 1.2.3 a number beyond 64 bits breaks `contains`.
         if not self.action_space.contains(np.asarray(action)):
@@ -187,7 +181,6 @@ class TicTacToeEnv(gym.Env):
 # N boards at once
 # ------------------------------------------------------------------------------------
 
-
 DISABLED = AutoresetMode.DISABLED
 
 
@@ -195,13 +188,11 @@ class TicTacToeVectorEnv(gym.vector.VectorEnv):
     """N boards that move together: the same game, N results for one call of `step`.
 
     Python is slow and NumPy is not: a step of 1,024 boards takes only 3 to 5 times as
-    long as a step of one (measured).
-
-    What happens to a board whose game has ended while the others play on? It stays as
-    it is, which Gymnasium calls AutoresetMode.DISABLED: moves on it are ignored, its
-    reward is 0 and `terminated` stays True until `reset`. So nine steps play N whole
-    games, and not one move more. For boards that begin again by themselves let
-    Gymnasium wrap N single ones (slower): `make_vec(..., vectorization_mode="sync")`.
+    long as a step of one (measured). What happens to a board whose game has ended while
+    the others play on? It stays as it is, which Gymnasium calls AutoresetMode.DISABLED:
+    moves on it are ignored, its reward is 0 and `terminated` stays True until `reset`.
+    So nine steps play N whole games, and not one move more. For boards that begin again
+    by themselves (slower): `make_vec(..., vectorization_mode="sync")`.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": DISABLED}
@@ -222,8 +213,7 @@ class TicTacToeVectorEnv(gym.vector.VectorEnv):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         """Begin N games, or only those where `options["reset_mask"]` (N,) is True."""
         super().reset(seed=seed)  # (6)
-        which = (options or {}).get("reset_mask", [True] * self.num_envs)
-        which = np.asarray(which, dtype=bool)
+        which = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
         self.boards[which] = starting_board(options)
         self.over[which] = False
         self.was_reset = True
@@ -242,8 +232,8 @@ class TicTacToeVectorEnv(gym.vector.VectorEnv):
         if not self.was_reset:
             raise gym.error.ResetNeeded("no game is going on: call reset() first")
         over = self.over  # (N,) games that had ended before this step: nothing changes
-        results = play_moves(self.boards, np.asarray(actions))
-        boards, rewards, terminated, illegal = results
+        actions = np.asarray(actions)
+        boards, rewards, terminated, illegal = play_moves(self.boards, actions)
         boards[over], rewards[over] = self.boards[over], 0.0
         terminated[over], illegal[over] = True, False
         self.boards, self.over = boards, terminated.copy()

@@ -9,8 +9,8 @@ What you will learn
 Run it
     python tictactoe_eval.py
 
-    It prints the report card within two seconds and then plays against you for as long
-    as you like. Where standard input is no terminal it ends after the report card.
+    It prints the report card within two seconds and then, if standard input is a
+    terminal, plays against you for as long as you like.
 """
 
 import itertools
@@ -98,7 +98,7 @@ def perfect_moves(board: Board) -> list[int]:
 def best_win_probability(board: Board) -> float:
     """The most wins against random play that a player can have who never risks a loss.
 
-    W(s) = max over the safe moves a of   1 or 0 if a ends the game, else
+    W(s) = max over the safe moves a of   1 if a wins, 0 if it ends in a draw, else
            mean over the replies b of     0 if b ends it, else W(s after a and b)
 
     A move is safe if perfect play cannot beat it. This is dynamic programming: a mean
@@ -248,12 +248,7 @@ def ask_move(board: np.ndarray) -> int:
         answer = ask("Your move (the number of a cell, q to leave): ")
         if answer in free:
             return int(answer)
-        if answer in list("012345678"):
-            print(f"Cell {answer} is taken. Free: {', '.join(free)}.")
-        elif answer:
-            print(f"{answer!a} is not the number of a cell. Free: {', '.join(free)}.")
-        else:
-            print(f"Type the number of a free cell: {', '.join(free)}.")
+        print(f"{answer!a} is not the number of a free cell: {', '.join(free)}.")
 
 
 @torch.no_grad()
@@ -274,15 +269,14 @@ def probabilities_text(board: np.ndarray, probabilities: np.ndarray) -> str:
         for cell, probability in zip(board, probabilities, strict=True)
     ]
     rows = ["|".join(marks[start : start + 3]) for start in (0, 3, 6)]
-    return "\n-----+-----+-----\n".join(rows)
+    return "\n-----+-----+-----\n".join(rows) + "\nprobability of each cell, %"
 
 
 def picture(board: np.ndarray, beside: str = "") -> str:
-    """The board, moved in a little, with another text of five lines to its right."""
-    lines = itertools.zip_longest(
-        board_text(board).splitlines(), beside.splitlines(), fillvalue=""
-    )
-    return "\n".join(f"    {left}      {right}".rstrip() for left, right in lines)
+    """The board, moved in a little, with the lines of another text to its right."""
+    texts = board_text(board).splitlines(), beside.splitlines()
+    lines = itertools.zip_longest(*texts, fillvalue="")
+    return "\n".join(f"    {left:17}{right}".rstrip() for left, right in lines)
 
 
 def play_game(actor: ActorNetwork, critic: CriticNetwork, agent_first: bool) -> str:
@@ -299,13 +293,10 @@ def play_game(actor: ActorNetwork, critic: CriticNetwork, agent_first: bool) -> 
         if agent_to_move:
             cell = best_move(actor, board)
             probabilities, value = thoughts(actor, critic, board)
-            title = beside = ""
-            if SHOW_PROBABILITIES:
-                title = "probability of each cell, %"
-                beside = probabilities_text(board, probabilities)
+            shown = probabilities_text(board, probabilities)
             board, reward, ended, _, _ = env.step(cell)
-            print(f"{f'The agent takes {cell}.':21}{title}".rstrip())
-            print(f"{picture(board, beside)}\n")
+            print(f"The agent takes {cell}.")
+            print(f"{picture(board, shown if SHOW_PROBABILITIES else '')}\n")
             if SHOW_VALUE:
                 print(f"Its critic expected {value:+.2f} (+1 it wins, -1 you win).")
         else:
@@ -325,18 +316,20 @@ def play_game(actor: ActorNetwork, critic: CriticNetwork, agent_first: bool) -> 
 def play_until_bored(actor: ActorNetwork, critic: CriticNetwork) -> None:
     """Game after game, the starting player drawn at random, until the human leaves."""
     coin = random.Random(SEED)
-    score = {"you": 0, "agent": 0, "draws": 0}
+    score, again = {"you": 0, "agent": 0, "draws": 0}, "y"
     try:
-        while True:
+        while again != "n":
             score[play_game(actor, critic, agent_first=coin.random() < 0.5)] += 1
             print(score_text(score))
-            answer = ask("Play again? (y or n): ")
-            while answer not in ("y", "yes", "n", "no"):
-                answer = ask("Please type y to play again or n to leave: ")
-            if answer in ("n", "no"):
-                raise Leave
+            again = ask("Play again? (y or n): ")
     except (Leave, KeyboardInterrupt):
-        print(f"\nBye. {score_text(score)}")
+        print()
+    print(f"Bye. {score_text(score)}")
+
+
+def score_text(score: dict[str, int]) -> str:
+    """The score so far in one line."""
+    return "Score: " + ", ".join(f"{name} {points}" for name, points in score.items())
 
 
 # ------------------------------------------------------------------------------------
@@ -346,13 +339,11 @@ def play_until_bored(actor: ActorNetwork, critic: CriticNetwork) -> None:
 
 def main() -> None:
     """Load the networks, print the report card, play."""
-    check_settings()
     torch.set_num_threads(1)  # networks this small: more threads only wait
     actor, critic = load_actor(ACTOR_PATH), load_critic(CRITIC_PATH)
     if actor.run != critic.run:  # for instance: a run was killed between the two files
-        names = f"{ACTOR_PATH.name} and {CRITIC_PATH.name}"
-        command = "python tictactoe_actorcritic.py"
-        sys.exit(f"{names} come from different runs. Make them anew with: {command}")
+        names = f"{ACTOR_PATH.name} and {CRITIC_PATH.name} come from different runs"
+        sys.exit(f"{names}. Make them anew with: python tictactoe_actorcritic.py")
     try:
         if SHOW_REPORT:
             print_report(actor)
@@ -360,29 +351,6 @@ def main() -> None:
             play_until_bored(actor, critic)
     except KeyboardInterrupt:
         print("\nStopped.")
-
-
-# ------------------------------------------------------------------------------------
-# Housekeeping
-# ------------------------------------------------------------------------------------
-
-
-def check_settings() -> None:
-    """Stop with one line that names every impossible setting, before anything runs."""
-    switches = SHOW_REPORT, SHOW_GAME, SHOW_PROBABILITIES, SHOW_VALUE
-    rules = {
-        "SHOW_REPORT, SHOW_GAME, SHOW_PROBABILITIES and SHOW_VALUE must be True or "
-        "False": all(type(switch) is bool for switch in switches),
-        "SEED must be None or a whole number": SEED is None or type(SEED) is int,
-    }
-    broken = [rule for rule, holds in rules.items() if not holds]
-    if broken:
-        sys.exit(f"Settings: {'; '.join(broken)}.")
-
-
-def score_text(score: dict[str, int]) -> str:
-    """The score so far in one line."""
-    return "Score: " + ", ".join(f"{name} {points}" for name, points in score.items())
 
 
 if __name__ == "__main__":
