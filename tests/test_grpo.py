@@ -785,7 +785,7 @@ def test_dropout_never_acts(settings, monkeypatch):
 def learn(settings, monkeypatch, seed=0):
     """Mean rewards of the first and of the last 5 of 40 steps of main()."""
     settings(REWARD_FUNCTION=low_words, NUM_STEPS=40, NUM_SAMPLES=8, SEED=seed)
-    settings(LR=6e-3, MAX_NEW_TOKENS=12, EVAL_SAMPLES=2, PROMPTS=[PROMPT])
+    settings(LR=6e-3, MAX_NEW_TOKENS=8, EVAL_SAMPLES=2, PROMPTS=[PROMPT])
     saved = spy_on(monkeypatch, "save_run")
     lesson.main()
     means = torch.stack(saved[-1][2]).mean(1)
