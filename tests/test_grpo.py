@@ -356,7 +356,7 @@ def test_the_group_s_own_mean_shortens_the_expected_gradient_to_1_less_1_over_g(
     assert torch.allclose(expected, (1 - 1 / size) * exact, atol=1e-5)
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("sign", [1.0, 0.0, -1.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.9, 1.0, 1.1, 1.5])
 def test_the_clip_stops_the_push_only_past_the_edge_that_it_leads_to(sign, ratio):
     log_probs = torch.tensor([[ratio]]).log().requires_grad_()
