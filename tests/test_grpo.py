@@ -697,6 +697,8 @@ def test_the_figures_of_a_step_worked_by_hand(settings):
     assert entropy == pytest.approx(0.6931, abs=1e-4)
     assert clipped == pytest.approx((0 + 2 / 3) / 2)
     assert length == 2 and cut_off == 0.5
+    settings(MAX_NEW_TOKENS=4)
+    assert lesson.diagnose(log_probs, batch)[4] == 0
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e9])
