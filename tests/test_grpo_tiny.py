@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import (
@@ -41,14 +42,18 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def pair():
     """((policy, tokenizer), (reward model, tokenizer)), as lesson 4 loads them."""
+    return load_pair(TINY)
+
+
+def load_pair(folder):
     return (
-        lesson.load_policy(str(TINY / "policy")),
-        lesson.load_reward_model(str(TINY / "reward")),
+        lesson.load_model(AutoModelForCausalLM, str(folder / "policy")),
+        lesson.load_model(AutoModelForSequenceClassification, str(folder / "reward")),
     )
 
 
 def rewards_of(pair, prompt, texts):
-    return lesson.score_responses(*pair[1], prompt, texts, 32)
+    return lesson.score_responses(*pair[1], prompt, texts)
 
 
 # ------------------------------------------------------------------------------------
@@ -200,11 +205,8 @@ def test_text_survives_the_tokenizer_and_a_pair_is_joined_by_marks():
 
 def test_the_policy_names_the_topic_and_does_not_yet_know_when_to_stop(pair):
     policy, tokenizer = pair[0]
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    sampling = {"max_new_tokens": 64, "temperature": 1.0, "top_p": 0.95}
-    completions = lesson.generate_group(
-        policy, ids, tokenizer.eos_token_id, list(range(128)), batch_size=64, **sampling
-    )
+    torch.manual_seed(0)
+    _, completions = lesson.generate_group(policy, tokenizer, PROMPT, 128)
     ended = (completions == tokenizer.eos_token_id).any(1)
     assert 0.1 < ended.float().mean() < 0.5
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -237,7 +239,7 @@ def test_the_reward_model_prefers_a_plain_answer_to_one_with_a_flaw(pair, worse)
 
 def test_pairwise_accuracy_on_held_out_topics_is_95_percent(pair):
     with gzip.open(TINY / "held_out_pairs.jsonl.gz", "rt") as file:
-        pairs = [json.loads(line) for line in file][::10]
+        pairs = [json.loads(line) for line in file][::16]
     topics = make_tiny.read_topics(make_tiny.TOPICS)[make_tiny.HELD_OUT]
     won = {}
     for line in pairs:
@@ -398,9 +400,9 @@ def test_the_whole_script_makes_a_pair_that_the_lesson_loads(
     weights = []
     for _ in range(2):  # the same seed, the same models
         make_tiny.main()
-        policy, tokenizer = lesson.load_policy(str(tmp_path / "policy"))
-        reward = lesson.load_reward_model(str(tmp_path / "reward"))
-        rewards = lesson.score_responses(*reward, PROMPT, [ANSWER, "and the"], 32)
+        pair = load_pair(tmp_path)
+        policy, tokenizer = pair[0]
+        rewards = rewards_of(pair, PROMPT, [ANSWER, "and the"])
         assert rewards.isfinite().all() and rewards[0] != rewards[1]
         weights.append(torch.cat([p.flatten() for p in policy.parameters()]))
     assert torch.equal(*weights)
@@ -420,11 +422,15 @@ def test_the_whole_script_makes_a_pair_that_the_lesson_loads(
 
 @pytest.fixture
 def no_hub(tmp_path, monkeypatch):
-    """Nothing is cached, the hub is out of reach, and a run is short."""
-    monkeypatch.setattr(lesson, "hub_answers", lambda: False)
+    """Nothing is cached, the Hub is unreachable, and a run is short."""
+
+    def model_info(name, **options):
+        raise ConnectionError("no way to huggingface.co")
+
+    cache = str(tmp_path.with_name("empty"))
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(lesson, "DEVICE", "cpu")
-    monkeypatch.setattr(lesson, "POLICY_MODEL_NAME", "nobody/no-policy")
-    monkeypatch.setattr(lesson, "REWARD_MODEL_NAME", "nobody/no-reward-model")
     monkeypatch.setattr(lesson, "NUM_STEPS", 2)
     monkeypatch.setattr(lesson, "EVAL_SAMPLES", 4)
     monkeypatch.setattr(lesson, "SAVE_DIR", str(tmp_path / "trained_model"))
@@ -441,6 +447,15 @@ def used_learning_rates(monkeypatch):
     return rates
 
 
+def loaded_models(monkeypatch):
+    """A list that every model's folder is added to."""
+    names, load = [], lesson.load_model
+    monkeypatch.setattr(
+        lesson, "load_model", lambda kind, name: names.append(name) or load(kind, name)
+    )
+    return names
+
+
 def test_without_a_hub_the_script_says_so_and_goes_on_with_the_pair(tmp_path):
     text = (ROOT / "grpo_training.py").read_text()
     text = text.replace("NUM_STEPS = 50", "NUM_STEPS = 1")
@@ -450,8 +465,8 @@ def test_without_a_hub_the_script_says_so_and_goes_on_with_the_pair(tmp_path):
     env = {**os.environ, "HF_HOME": str(tmp_path / "empty"), "PYTHONUNBUFFERED": "1"}
     env["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
     run = subprocess.Popen(
-        [sys.executable, "grpo_training.py"],
-        cwd=tmp_path,
+        [sys.executable, tmp_path / "grpo_training.py"],
+        cwd=tmp_path / "grpo_tiny",  # another working directory
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -460,11 +475,13 @@ def test_without_a_hub_the_script_says_so_and_goes_on_with_the_pair(tmp_path):
     started, said = None, []
     for line in run.stdout:
         started = started or time.time()  # imports are done, the first line is out
-        if "out of reach" in line:
+        if "grpo_tiny/" in line:
             said.append((line, time.time() - started))
     assert run.wait() == 0, run.stderr.read()
-    assert len(said) == 1 and said[0][1] < 10 and "grpo_tiny/" in said[0][0]
+    assert len(said) == 1 and said[0][1] < 10
+    assert "gpt2" in said[0][0] and "Hub" in said[0][0]
     assert (tmp_path / "trained_model" / "model.safetensors").exists()
+    assert (tmp_path / "grpo_learning_curve.png").exists()
 
 
 def test_the_fallback_can_be_switched_off(no_hub, monkeypatch):
@@ -472,7 +489,7 @@ def test_the_fallback_can_be_switched_off(no_hub, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         lesson.main()
     line = str(stopped.value)
-    assert "nobody/no-policy" in line and "hub" in line and "\n" not in line
+    assert "gpt2" in line and "Hub" in line and "\n" not in line
     assert list(no_hub.iterdir()) == []
 
 
@@ -480,60 +497,54 @@ def test_the_fallback_can_be_switched_off(no_hub, monkeypatch):
 def test_one_missing_model_is_enough_for_both_to_be_replaced(
     no_hub, monkeypatch, capsys, missing
 ):
-    other = {"POLICY_MODEL_NAME": "reward", "REWARD_MODEL_NAME": "policy"}[missing]
-    shutil.copytree(TINY / other, no_hub / other)
-    name = "REWARD_MODEL_NAME" if other == "reward" else "POLICY_MODEL_NAME"
-    monkeypatch.setattr(lesson, name, str(no_hub / other))
-    loaded, load = [], lesson.load_pretrained
+    name, find = getattr(lesson, missing), lesson.find_model  # the other is cached
     monkeypatch.setattr(
-        lesson,
-        "load_pretrained",
-        lambda c, n, *a, **k: loaded.append(n) or load(c, n, *a, **k),
+        lesson, "find_model", lambda x: find(x) if x == name else "a/cached/folder"
     )
-    rates = used_learning_rates(monkeypatch)
+    names, rates = loaded_models(monkeypatch), used_learning_rates(monkeypatch)
     lesson.main()
-    assert "out of reach" in capsys.readouterr().out
-    assert {str(TINY / "policy"), str(TINY / "reward")} <= set(loaded)
+    assert "falling back" in capsys.readouterr().out
+    assert names == [str(TINY / "policy"), str(TINY / "reward")]
     assert rates == [lesson.TINY_LR]
 
 
-@pytest.mark.parametrize("fall_back", [True, False])
-def test_a_process_whose_models_are_there_follows_one_whose_are_not(
-    no_hub, monkeypatch, capsys, fall_back
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("POLICY_MODEL_NAME", "grpo_tiny/polcy"),  # a typo
+        ("REWARD_MODEL_NAME", "me/my-reward-model"),
+        ("POLICY_MODEL_NAME", str(TINY / "policy")),  # there, but the other is not
+    ],
+)
+def test_only_the_default_models_are_replaced_and_the_missing_one_is_named(
+    no_hub, monkeypatch, setting, name
 ):
-    monkeypatch.setattr(lesson, "POLICY_MODEL_NAME", str(TINY / "policy"))
-    monkeypatch.setattr(lesson, "REWARD_MODEL_NAME", str(TINY / "reward"))
-    monkeypatch.setattr(lesson, "FALL_BACK_TO_TINY", fall_back)
-    shared, gather = [], lesson.gather_object
-
-    def gather_from_two(values):
-        if values == [False]:  # "I miss no model"; the other process: "I do"
-            shared.extend(values)
-            return [False, True]
-        return gather(values)
-
-    monkeypatch.setattr(lesson, "gather_object", gather_from_two)
-    if fall_back:
+    other = {"POLICY_MODEL_NAME": "REWARD", "REWARD_MODEL_NAME": "POLICY"}[setting]
+    there = Path(name).is_dir()
+    monkeypatch.setattr(lesson, setting, name)
+    if not there:
+        folder = TINY / other.lower()
+        monkeypatch.setattr(lesson, f"{other}_MODEL_NAME", str(folder))
+    missing = getattr(lesson, f"{other}_MODEL_NAME") if there else name
+    with pytest.raises(SystemExit) as stopped:
         lesson.main()
-    else:
-        with pytest.raises(SystemExit, match="Another process"):
-            lesson.main()
-    assert shared == [False]
-    assert ("out of reach" in capsys.readouterr().out) == fall_back
+    line = str(stopped.value)
+    assert missing in line and "Hub" in line and "\n" not in line
+    assert list(no_hub.iterdir()) == []
 
 
 def test_a_run_of_10_steps_on_the_pair_raises_the_reward_and_its_model_writes(
     no_hub, monkeypatch, capsys
 ):
-    monkeypatch.setattr(lesson, "POLICY_MODEL_NAME", str(TINY / "policy"))
-    monkeypatch.setattr(lesson, "REWARD_MODEL_NAME", str(TINY / "reward"))
+    monkeypatch.setattr(lesson, "POLICY_MODEL_NAME", "grpo_tiny/policy")
+    monkeypatch.setattr(lesson, "REWARD_MODEL_NAME", "grpo_tiny/reward")
     monkeypatch.setattr(lesson, "NUM_STEPS", 10)
     monkeypatch.setattr(lesson, "TINY_LR", 1e-4)  # 10 steps are few: larger ones
     monkeypatch.setattr(lesson, "EVAL_SAMPLES", 64)
     rates = used_learning_rates(monkeypatch)
     lesson.main()
     out = capsys.readouterr().out
-    assert "out of reach" not in out and rates == [lesson.TINY_LR]
+    assert "falling back" not in out and rates == [lesson.TINY_LR]
     before, after = (
         float(re.search(rf"  {name} +([+-]\d+\.\d+)", out)[1])
         for name in ("before", "after")
