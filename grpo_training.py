@@ -569,12 +569,13 @@ def start_accelerator() -> Accelerator:
     sys.stdout.reconfigure(errors="replace")  # no odd character may end a training
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    for name in ("FSDP", "DEEPSPEED"):  # asked before Accelerate looks for DeepSpeed
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            sys.exit("FSDP and DeepSpeed split the model; this script needs it whole.")
     trackers = "wandb" if USE_WANDB else None
     accelerator = Accelerator(
         cpu=DEVICE == "cpu", mixed_precision=MIXED_PRECISION, log_with=trackers
     )
-    if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        sys.exit("FSDP and DeepSpeed split the model; this script needs it whole.")
     count = accelerator.num_processes
     if NUM_SAMPLES % count or EVAL_SAMPLES % count:
         sys.exit(f"NUM_SAMPLES and EVAL_SAMPLES cannot be shared by {count} processes.")
@@ -597,8 +598,11 @@ def find_model(name: str) -> str | None:
         return str(folder)
     try:
         huggingface_hub.model_info(name, timeout=5)
-    except huggingface_hub.errors.HfHubHTTPError:
-        pass  # the Hub answers; from_pretrained will say what is wrong
+    except (
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.HFValidationError,
+    ):
+        pass  # the Hub answers, or could not; from_pretrained will say what is wrong
     except Exception:  # there are many ways not to get there
         cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
         return str(Path(cached).parent) if isinstance(cached, str) else None
@@ -653,6 +657,9 @@ def load_models(accelerator: Accelerator) -> tuple[Model, Tokenizer, Callable, f
         reward_model, reward_tokenizer = load_model(kind, found[1])
         if reward_model.num_labels != 1:
             sys.exit(f"{found[1]} has {reward_model.num_labels} outputs, not 1 score.")
+        pairs = reward_tokenizer(PROMPTS, [""] * len(PROMPTS)).input_ids
+        if max(map(len, pairs)) >= reward_tokenizer.model_max_length:
+            sys.exit(f"A prompt is too long for {found[1]}.")
         reward_model.to(accelerator.device)
 
     def score(prompt: str, responses: list[str]) -> torch.Tensor:
@@ -670,11 +677,19 @@ def keep_unfinished_run(
 ) -> Iterator[list]:
     """Whatever ends the lines inside early, the run so far is kept under another name.
 
-    Ctrl-C and `kill` only leave a mark in the list that this gives; main() looks at it
-    once a step.
+    Ctrl-C, `kill` and a closed terminal only leave a mark in the list that this gives;
+    main() looks at it once a step. A second Ctrl-C interrupts at once.
     """
-    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(n, lambda *_: stopped.append(True)) for n in numbers]
+    stopped = []
+
+    def mark(number, frame):
+        stopped.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # by nohup
+    before = [signal.signal(number, mark) for number in numbers]
     try:
         yield stopped
     except BaseException:
@@ -702,7 +717,9 @@ def save_run(
     with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as aside:
         policy.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        for name in ("config.json", "chat_template.jinja"):
+        # What an older model in this folder would add to the new one, config first.
+        stale = "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"
+        for name in ("config.json", *stale):
             (folder / name).unlink(missing_ok=True)
         files = sorted(
             Path(aside).iterdir(), key=lambda file: file.name == "config.json"

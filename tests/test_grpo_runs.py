@@ -182,8 +182,6 @@ def test_a_group_that_processes_cannot_share_evenly_is_refused(two_processes):
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
 def test_launches_that_split_the_model_are_refused(monkeypatch, capsys, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    split = types.SimpleNamespace(distributed_type=name, num_processes=1)
-    monkeypatch.setattr(lesson, "Accelerator", lambda **_: split)
     fails_with(capsys, lesson.main, "FSDP", "DeepSpeed")
 
 
@@ -421,7 +419,7 @@ def test_ctrl_c_is_not_heard_while_saving(tmp_path, monkeypatch, capsys):
 def test_a_signal_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
-        with lesson.keep_unfinished_run(lambda suffix: None) as marks:
+        with lesson.keep_unfinished_run(None, None, []) as marks:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not marks and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
@@ -445,10 +443,12 @@ def test_saving_over_another_model_leaves_a_model_that_loads_as_it_was_trained(
 ):
     folder = tmp_path / "model"
     chat_policy(folder)  # with a template, which must not stay
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "w3"}')
+    (folder / "added_tokens.json").write_text('{"w1 w2": 69}')
     settings(PROMPTS=[PROMPT])
     lesson.main()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.chat_template is None
+    assert tokenizer.chat_template is None and tokenizer.eos_token_id == EOS
     assert tokenizer(PROMPT).input_ids == [1, 2, 3]
 
 
@@ -547,6 +547,9 @@ def test_folders_that_hold_no_model_or_no_tokenizer_are_refused(
     tiny_policy()[1].save_pretrained(tmp_path / "only_tokenizer")
     for name, words in [
         ("me/nothing", ["me/nothing", "Hub"]),
+        ("./nothing", ["./nothing"]),  # these can be no ids on the Hub
+        (str(tmp_path / "nothing"), ["nothing"]),
+        ("no/such/folder", ["no/such/folder"]),
         (str(tmp_path / "bare"), ["tokenizer"]),
         (str(tmp_path / "only_tokenizer"), ["only_tokenizer"]),
     ]:
@@ -590,6 +593,13 @@ def test_a_prompt_and_response_longer_than_the_context_are_refused(settings, cap
     fails_with(capsys, lesson.main, "MAX_NEW_TOKENS", "policy")
     settings(MAX_NEW_TOKENS=14, NUM_STEPS=1, REWARD_FUNCTION=low_words)
     lesson.main()  # 50 + 14 are exactly the 64 that the policy can read
+
+
+def test_a_prompt_longer_than_the_reward_model_s_context_is_refused(settings, capsys):
+    settings(PROMPTS=[PROMPT, "w1 " * 45])
+    fails_with(capsys, lesson.main, "prompt", "reward")
+    settings(PROMPTS=["w1 " * 44], NUM_STEPS=1)
+    lesson.main()  # with 3 marks, one token of the response can be read
 
 
 @pytest.mark.parametrize("answer", [[1.0], [[1.0]] * 4, 3.0, [torch.inf] * 4])
