@@ -1,8 +1,8 @@
 """Lesson 4: what a step costs, beside TRL's GRPOTrainer and at the default pair's size.
 
     pip install -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/grpo.py               or with one of `compare`, `growth` and
-                                                  `default_pair`
+    python tests/benchmarks/grpo.py               or with one of `compare`, `growth`,
+                                                  `default_pair` and `policies`
     REAL_MODEL=folder python tests/benchmarks/grpo.py         a pretrained model as well
     REAL_MODEL=folder python tests/benchmarks/grpo.py train   the lesson itself, on it;
                                      ... train NUM_SAMPLES=2    with a Setting edited
@@ -27,6 +27,8 @@ growth: a step of lesson 4 as the group, or the responses, grow.
 default_pair: lesson 4 with all its default settings, but three steps only, on models of
     the default pair's true sizes, gpt2 and DeBERTa-v3-large. Their weights are random,
     which changes neither time nor memory. On a GPU, in bfloat16 as well.
+policies: two steps of each policy that the README names, at its true size, random
+    weights, without a reward model. The largest takes 20 GB.
 """
 
 import ast
@@ -74,6 +76,58 @@ def make_random(folder, layers):
     torch.manual_seed(SEED)
     save_tokenizer(folder)
     model = GPT2LMHeadModel(GPT2Config(n_layer=layers))
+    model.save_pretrained(folder)
+    return model.num_parameters()
+
+
+# The policies that the README names: their family, and what differs from its defaults.
+POLICIES = {
+    "gpt2": ("gpt2", {}),
+    "EleutherAI/gpt-neo-125M": (
+        "gpt_neo",
+        {
+            "hidden_size": 768,
+            "num_layers": 12,
+            "num_heads": 12,
+            "attention_types": [[["global", "local"], 6]],
+        },
+    ),
+    "facebook/opt-350m": (
+        "opt",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "ffn_dim": 4096,
+            "word_embed_proj_dim": 512,
+            "do_layer_norm_before": False,
+        },
+    ),
+    "gpt2-medium": ("gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
+    "EleutherAI/pythia-410m": (
+        "gpt_neox",
+        {
+            "vocab_size": 50_304,
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    ),
+    "gpt2-large": ("gpt2", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
+}
+
+
+def make_policy(folder, name):
+    """Write a policy of this name's size, random weights; give its parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(SEED)
+    save_tokenizer(folder)
+    family, sizes = POLICIES[name]
+    config = AutoConfig.for_model(family, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     return model.num_parameters()
 
@@ -505,6 +559,26 @@ def default_pair():
     write(**{"default pair runs": runs, "summary": summary})
 
 
+def policies():
+    """What a step costs with policies of the sizes that the README names."""
+    runs, summary = [], {}
+    print("policy, random weights    million parameters   s a step  peak GB")
+    for name in POLICIES:
+        with tempfile.TemporaryDirectory() as folder:
+            parameters = row("policy", folder, name)
+            result = row("ours", folder, SAMPLES, TOKENS, 2)
+        facts = {"seed": SEED, "policy": name, "parameters": parameters}
+        runs.append(facts | result)
+        summary[f"{name}: million parameters"] = round(parameters / 1e6)
+        summary[f"{name}: peak GB"] = round(result["peak_gb"], 1)
+        print(
+            f"  {name:30}{parameters / 1e6:12.0f}{result['seconds'][-1]:11.1f}"
+            f"{result['peak_gb']:9.2f}",
+            flush=True,
+        )
+    write(**{"policy runs": runs, "summary": summary})
+
+
 def write(**found):
     """Put these entries into the results, and leave the others there as they are."""
     names = ("torch", "transformers", "accelerate", "trl")
@@ -528,6 +602,7 @@ def main():
             "trl": run_trl,
             "equality": run_equality,
             "random": make_random,
+            "policy": make_policy,
             "reward_model": make_reward_model,
             "pair": run_pair,
         }[what]
@@ -544,6 +619,8 @@ def main():
             growth()
         if command in ("all", "default_pair"):
             default_pair()
+        if command in ("all", "policies"):
+            policies()
 
 
 if __name__ == "__main__":

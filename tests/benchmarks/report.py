@@ -229,6 +229,7 @@ TITLES = {
     "peers": "Peers beside us",
     "growth runs": "Growth",
     "default pair runs": "The default pair",
+    "policy runs": "Other policies",
     "before": "Before the training",
 }
 PEERS = ["library", "peers"]  # our runs of the same seeds are shown with these
