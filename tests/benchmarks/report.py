@@ -188,7 +188,7 @@ CLAIMS = [
         "GRPO improves the bundled policy with every held-out seed, within a minute",
         "at least {seeds 10 to 14: gain on the prompt, stds, least} standard "
         "deviations on its prompt, {seeds 10 to 14: gain on held-out topics, stds, "
-        "least} on held-out topics; slowest run {CPU seconds of a run, most} s of one core",
+        "least} on held-out topics; a run takes at most {CPU seconds of a run, most} s",
     ),
     (
         "grpo_tiny",
