@@ -6,7 +6,8 @@ What you will learn
 
 The algorithm in 6 steps
     1. Start from a pretrained language model. In the words of reinforcement learning
-       it is the policy: in a state (the text so far) it takes an action (a next token).
+       it is the policy: in a state (the text so far) it takes an action (the next
+       token: a word or a piece of one).
     2. Let it write a group of responses to one prompt, drawing every token at random.
     3. Score each response with the reward model, a network trained beforehand on which
        texts people prefer. The reward is one number for the whole text.
@@ -18,7 +19,7 @@ The algorithm in 6 steps
     6. Compare fresh responses from before and after, and save the model.
 
 Symbols (G responses, L tokens in the longest, P in the prompt, V in the vocabulary)
-    q           prompt_ids      (1, P)  the prompt
+    q           prompt_ids      (G, P)  the prompt, once for each response
     o_i, o_it   completion_ids  (G, L)  response i, and its token t
     m_it        mask            (G, L)  1 up to the end of the response, 0 after it
     r_i, A_i    rewards, advantages (G,)  one for all the tokens of response i
@@ -26,25 +27,25 @@ Symbols (G responses, L tokens in the longest, P in the prompt, V in the vocabul
     ln pi_old   old_log_probs   (G, L)  ... under the policy that wrote the responses
     ln pi_ref   ref_log_probs   (G, L)  ... under a frozen copy of the first policy
     rho_it      ratio           (G, L)  pi / pi_old
-    eps, beta   CLIP_EPS, KL_COEF. KL: how far two policies differ, 0 if not at all
+    eps, beta   CLIP_EPS, KL_COEF (KL: how far two policies differ, 0 if not at all)
 
 Where this differs from the paper, and why
     Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4: 64 responses of up to
-    1,024 tokens to a prompt, 1,024 in a batch, LR 1e-6. Here one small machine is to be
-    enough: hence also KL_COEF = 0 (theirs 0.04), so that there is no second copy of the
-    model. Their reference is renewed on the way, their reward model trained further.
-    Where all rewards of a group are equal, nothing is learned, not even from the KL.
+    1,024 tokens to a prompt, 1,024 in a batch, LR 1e-6, KL_COEF 0.04; the reference is
+    renewed and the reward model trained further on the way. Here one prompt a step, no
+    KL, so that no second copy of the model is needed, and a larger LR for few steps. A
+    group whose rewards are all equal is skipped, its KL too.
 
 Run it, and what you should see
     python grpo_training.py      on one GPU, or else on the CPU; README.md: on several
     Without access to the Hugging Face Hub it falls back to the small models bundled in
     grpo_tiny/. With these, seed 0, @@SECONDS@@ seconds on one core of a server CPU:
-        Step 0 | Loss: 0.0000 | Reward: -1.215 (std 1.218, max +1.660) | 0.4 s
-          KL: off | Entropy: 1.183 | Clipped: 0.0% | Length: 59.5, cut off: 75% | ...
-        Step 25 | Loss: 0.0000 | Reward: +0.425 (std 1.842, max +2.319) | 0.4 s
-        Step 49 | Loss: 0.0000 | Reward: +1.978 (std 0.707, max +2.578) | 0.3 s
-          KL: off | Entropy: 0.864 | Clipped: 0.0% | Length: 37.0, cut off: 0% | ...
-    Fresh responses: -1.539 before, +2.080 after. It has learned to stop, instead of
+        Step 0 | Loss: 0.0000 | Reward: -1.175 (std 1.633, max +2.764) | 0.4 s
+          KL: off | Entropy: 1.119 | Clipped: 0.0% | Length: 60.6, cut off: 75% | ...
+        Step 25 | Loss: 0.0000 | Reward: +0.958 (std 2.099, max +2.875) | 0.4 s
+        Step 49 | Loss: 0.0000 | Reward: +2.138 (std 0.925, max +2.930) | 0.3 s
+          KL: off | Entropy: 0.892 | Clipped: 0.0% | Length: 43.4, cut off: 12% | ...
+    Fresh responses: -0.748 before, +1.635 after. It has learned to stop, instead of
     running on about something else. What goes wrong: README.md, Debugging.
 
 Try this (bundled models, seeds 0-2; the median gain in reward is @@AFTER@@ as it is)
@@ -80,14 +81,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICY_MODEL_NAME = "gpt2"  # or gpt2-medium, gpt2-large, EleutherAI/gpt-neo-125M,
 #                             EleutherAI/pythia-410m, facebook/opt-350m
-REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"  # or ...-v3-base. Not
-#   reciprocate/pairrm-hf, which compares two responses instead of scoring one: for such
-#   a model, or a rule of your own, write a
-REWARD_FUNCTION = None  # function (prompt, responses) -> a number for each response
-FALL_BACK_TO_TINY = True  # without access to the Hub, use the models in grpo_tiny/
+REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"  # or ...-v3-base
+REWARD_FUNCTION = None  # or, in place of this line, def REWARD_FUNCTION(prompt,
+#   responses), which returns a number for each response: a rule of your own, or a model
+#   that compares two responses instead of scoring one (reciprocate/pairrm-hf)
+FALL_BACK_TO_TINY = True  # no access to the Hub, both names as above: use grpo_tiny/
 PROMPTS = ["Explain why regular exercise is important."]  # several are taken in turn
 USE_CHAT_TEMPLATE = True  # a chat model gets the prompt in the format it was trained on
-SEED = 0  # below 500,000; same seed, machine and versions: the same responses
+SEED = 0  # same seed, machine and versions: the same responses
 
 # Budget
 NUM_STEPS = 50  # groups, one update each
@@ -99,8 +100,8 @@ EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the 
 # Algorithm
 LR = 1e-5  # size of AdamW's step; too big: gibberish, too small: 50 updates do nothing
 TINY_LR = 1.3e-5  # the same for the policy in grpo_tiny/
-TEMPERATURE = 1.0  # divides the logits, in writing and in training; too high:
-#                    gibberish; too low: all responses alike, nothing to compare
+TEMPERATURE = 1.0  # divides the logits (the model's scores of the tokens), in writing
+#                    and in training; too high: gibberish; too low: all responses alike
 TOP_P = 0.95  # write with the likeliest tokens that together hold 95 %; at 1.0, odd
 #               words. The loss does not know of this cut, so that gradient, KL and
 #               entropy are slightly off
@@ -109,7 +110,7 @@ CLIP_EPS = 0.2  # a token is pushed no further once its probability changed by 2
 INNER_STEPS = 1  # gradient steps from one group; more: faster, and sooner too far. With
 #                  1 the clip never acts: see grpo_step
 KL_COEF = 0.0  # beta, the pull back to the first policy; the paper's is 0.04. Above
-#                0, a frozen copy of the model takes its size in memory, and some time
+#                0, a frozen copy takes memory, and each step is slower
 SCALE_BY_STD = True  # divide advantages by the group's std; False: groups with nearly
 #                      equal rewards count less
 MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this; too small: all groups
@@ -117,15 +118,15 @@ MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this; too small: all gr
 
 # Memory and speed
 MICRO_BATCH_SIZE = 8  # responses in one backward pass; fewer take less memory
-MIXED_PRECISION = "no"  # "bf16": compute in bfloat16 where that is safe (fast on GPUs);
-#                         weights stay float32, where a step of LR is not rounded away
+MIXED_PRECISION = "no"  # "bf16": compute in bfloat16, faster on GPUs; weights stay
+#                         float32: in bfloat16 a step of LR would be rounded away
 
 # Files, written beside this script
 SAVE_DIR = "trained_model"
 CURVE_PATH = Path(__file__).with_name("grpo_learning_curve.png")
 USE_WANDB = False  # also send the figures to Weights & Biases (pip install wandb)
 
-HELD_OUT_SEED = 1_000_000  # of the responses before and after, which are not trained on
+HELD_OUT_SEED = 1_000_000  # for the responses that measure the gain
 TINY_MODELS = Path(__file__).resolve().with_name("grpo_tiny")
 
 # ------------------------------------------------------------------------------------
@@ -138,11 +139,12 @@ def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True) -> torch.
 
     A_i = (r_i - mean(r)) / (std(r) + 1e-4)
 
-    DeepSeekMath, section 4.1.2. `scale_by_std=False` leaves out the division, as Dr.
-    GRPO does. Why the mean may be subtracted: sum_o pi(o) grad ln pi(o) = grad 1 = 0,
-    so a number that does not depend on the response leaves the expected gradient as it
-    is and only makes it less noisy. (The mean does depend on r_i, by one part in G,
-    which shortens the expected gradient to 1 - 1/G of itself.)
+    DeepSeekMath, section 4.1.2; the 1e-4, against a division by 0, is ours.
+    `scale_by_std=False` leaves out the division. Why the mean may be subtracted:
+    grpo_loss weighs grad ln pi(o) with A, and sum_o pi(o) grad ln pi(o) = sum_o grad
+    pi(o) = grad 1 = 0, so the same number taken from all rewards leaves the expected
+    gradient as it is and only makes it less noisy. (The mean contains r_i: that alone
+    shortens the expected gradient to 1 - 1/G of itself.)
     Equal rewards give exactly 0: rounding may leave 3e-8 instead, and AdamW, which
     divides a gradient by its usual size, could make a full step of mere noise.
 
@@ -215,8 +217,8 @@ def kl_estimate(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.T
     k3 = pi_ref/pi - ln(pi_ref/pi) - 1
 
     DeepSeekMath, eq. (4). Never negative, and 0 where both agree. Its mean over tokens
-    drawn from pi is KL(pi || pi_ref); its *gradient*, though, is that of the reverse,
-    KL(pi_ref || pi). The paper uses it all the same, and so do we.
+    drawn from pi is KL(pi || pi_ref). The mean of its *gradient*, though, is that of
+    KL(pi_ref || pi), the two swapped. The paper uses it all the same, and so do we.
 
     Both (G, L), gives (G, L).
     By hand: pi = 0.5, pi_ref = 0.25  ->  0.5 - ln 0.5 - 1 = 0.1931.
@@ -234,7 +236,7 @@ def grpo_loss(
     clip_eps: float,
     kl_coef: float,
 ) -> torch.Tensor:
-    """The loss to minimise: push up what did well, a little, and stay near home.
+    """The loss to minimise: minus GRPO's clipped objective.
 
     rho_it = pi(o_it) / pi_old(o_it)
     J_it   = min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i) - beta k3_it
@@ -243,21 +245,21 @@ def grpo_loss(
     DeepSeekMath, eq. (3). The min stops pushing a token once rho has moved by eps the
     way A asks for, and never stops it from coming back. On the first step from a group
     rho is 1 and the advantages add up to 0, so the loss is beta times the mean of k3: 0
-    without KL. Its gradient is not 0, and the gradient is what trains: at rho = 1 it is
-    that of -A_i ln pi. Why that works: since d pi = pi d ln pi, the mean of r_i times
-    the gradient of ln pi(o_i), over responses drawn from pi, is the gradient of the
-    mean reward. (REINFORCE, lesson 1.)
-    Others since: Dr. GRPO (arXiv 2503.20783) drops the division by the length, which
-    weighs each token of a long response less, and the one by the std, which weighs
-    prompts by how alike their rewards are. DAPO (arXiv 2503.14476) takes one mean over
-    all tokens of the group, and clips less above than below.
+    without KL. What trains is the gradient, here that of -mean_i( A_i mean_t ln pi ).
+    Why that raises the reward: d pi = pi d ln pi, so the gradient of the mean reward,
+    sum_o r(o) pi(o), is the mean of r(o) times the gradient of ln pi(o), over responses
+    drawn from pi; and ln pi(o) is the sum of its tokens'. (REINFORCE, lesson 1.) The
+    divisions by length and std are no part of this. Dr. GRPO (arXiv 2503.20783) drops
+    both: the first makes each token of a long response count less, the second makes
+    groups with like rewards count more. DAPO (arXiv 2503.14476) takes one mean over all
+    tokens of the group, and lets rho rise further than it may fall.
 
     `log_probs`, `old_log_probs`, `ref_log_probs` (None without KL) and `mask` (G, L),
     `advantages` (G,); beta is `kl_coef`. Gives a scalar.
     By hand: one token, pi = 0.6, pi_old = 0.4, A = 1, eps = 0.2  ->  rho = 1.5 is
     clipped to 1.2  ->  loss -1.2, and no gradient. With A = -1  ->  loss 1.5.
     """
-    # Filler tokens to 0 *before* exp: exp(1000) * 0 is nan, and so would be everything.
+    # Zero the filler *before* exp: exp(1000) * 0 is nan, and one nan spoils the mean.
     filler = mask == 0
     log_probs = log_probs.masked_fill(filler, 0.0)
     ratio = (log_probs - old_log_probs.masked_fill(filler, 0.0)).exp()
@@ -290,17 +292,17 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> torch.Tensor:
 def draw_tokens(logits: torch.Tensor) -> torch.Tensor:
     """Draw a token for each row of `logits` (n, V), by TEMPERATURE and TOP_P: (n, 1).
 
-    Draw from all tokens, and again while those likelier than the one drawn hold TOP_P
-    alone: the same as cutting the sorted tokens off, but faster.
+    Draw from all tokens; draw again where the tokens likelier than the one drawn add up
+    to TOP_P or more. The same as sorting and cutting off the tail, but faster.
     """
     probs = (logits.float() / TEMPERATURE).softmax(1)
     # Two are drawn and one is used: to draw one, PyTorch makes V random numbers a row.
     tokens = probs.multinomial(2, replacement=True)[:, :1]
-    outside = torch.full((len(probs),), TOP_P < 1, device=probs.device)
-    while outside.any():
+    redraw = torch.full((len(probs),), TOP_P < 1, device=probs.device)
+    while redraw.any():
         likelier = probs.where(probs > probs.gather(1, tokens), 0).sum(1)
-        outside = likelier >= TOP_P
-        tokens[outside] = probs[outside].multinomial(2, replacement=True)[:, :1]
+        redraw = likelier >= TOP_P
+        tokens[redraw] = probs[redraw].multinomial(2, replacement=True)[:, :1]
     return tokens
 
 
@@ -336,7 +338,7 @@ def score_responses(
 
     The reward model's tokenizer joins a pair with its own marks between the two, as the
     model was trained. A pair that is too long loses the end of the response, never the
-    prompt. REWARD_FUNCTION, if there is one, takes the place of both.
+    prompt. REWARD_FUNCTION, if there is one, is asked instead of the reward model.
     """
     if REWARD_FUNCTION is not None:
         return torch.tensor(REWARD_FUNCTION(prompt, responses), dtype=torch.float32)
@@ -383,10 +385,10 @@ def diagnose(log_probs: torch.Tensor, batch: dict) -> torch.Tensor:
     """What to watch: means over a response's tokens, then over responses.
 
     1. k3, how far the policy is from the reference: 0 to 0.1 is near, 1 is far.
-    2. -ln pi, which estimates the entropy in nats a token, how undecided the policy is:
+    2. The entropy, how undecided the policy is, in nats a token, estimated by -ln pi:
        near 0, one answer is left. (Too low with TOP_P < 1, where no tail is drawn.)
-    3. The share of tokens past the edge of the clip: above 0.2, much is not learned.
-    4. The length in tokens; and 5. the share of responses that were cut off.
+    3. The share of tokens past the edge of the clip, which are pushed no further.
+    4. The length in tokens. 5. The share of responses MAX_NEW_TOKENS long.
     """
     mask, ref_log_probs = batch["mask"], batch["ref_log_probs"]
     kl = torch.zeros_like(log_probs)
@@ -415,8 +417,8 @@ def grpo_step(
     On several processes each has a share of the group; Accelerate averages gradients.
 
     `batch` holds `prompt_ids` (G, P), `completion_ids` and `mask` (G, L), `advantages`
-    (G,). Gives the loss, the figures of `diagnose`, and the length of the gradient.
-    Errors: a loss that is not finite ends the program before it is learned from.
+    (G,). Gives, of the last gradient step, the loss, the figures of `diagnose` and the
+    length of the gradient. A loss that is not finite ends the program before its step.
     """
     responses = len(batch["mask"])
     parts = [
@@ -442,10 +444,10 @@ def grpo_step(
                 CLIP_EPS,
                 KL_COEF,
             )
-            share = len(log_probs) / responses  # with it, the parts add up to the mean
-            accelerator.backward(share * loss)  # adds to the gradient of earlier parts
+            weight = len(log_probs) / responses  # so that the parts add up to the mean
+            accelerator.backward(weight * loss)  # adds to the gradient of earlier parts
             watched = torch.cat([loss.detach().view(1), diagnose(log_probs, part)])
-            figures = figures + share * watched
+            figures = figures + weight * watched
         gradient = accelerator.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
         if not (figures[0] + gradient).isfinite():
             sys.exit("The loss is not a finite number; the policy was left as it was.")
@@ -467,7 +469,7 @@ def main() -> None:
     accelerator = start_accelerator()
     share = NUM_SAMPLES // accelerator.num_processes  # of each group, for this process
 
-    # 1. The policy, what scores it, and a frozen copy of it if KL_COEF needs one.
+    # 1. The policy, score(prompt, responses), and, with KL, a copy of the first policy.
     writer, tokenizer, score, lr = load_models(accelerator)
     reference = copy.deepcopy(writer) if KL_COEF > 0 else None
     if reference is not None:
@@ -476,15 +478,16 @@ def main() -> None:
     # With several processes, a backward pass through `policy` averages gradients;
     # `writer` is the same model without that, to write with.
     policy, optimizer = accelerator.prepare(writer, optimizer)
-    writer, history = accelerator.unwrap_model(policy), []
+    history = []  # the rewards (G,) of each step
 
     with keep_unfinished_run(writer, tokenizer, history) as stopped:
         before = evaluate(accelerator, writer, tokenizer, score)
         set_seed(SEED, device_specific=True)
         for step in tqdm(range(NUM_STEPS), unit="step", leave=False, disable=None):
-            if gather_object(stopped):
+            if gather_object(stopped):  # Ctrl-C, in any process
                 sys.exit(f"Stopped after {step} steps.")
-            started, prompt = time.time(), PROMPTS[step % len(PROMPTS)]
+            started = time.time()
+            prompt = PROMPTS[step % len(PROMPTS)]
 
             # 2. Write this process's share of a group.
             prompt_ids, completion_ids = generate_group(
@@ -509,7 +512,8 @@ def main() -> None:
                 }
                 figures = grpo_step(accelerator, policy, reference, optimizer, batch)
             history.append(rewards.cpu())
-            texts, figures["seconds"] = gather_object(texts), time.time() - started
+            texts = gather_object(texts)
+            figures["seconds"] = time.time() - started
             accelerator.log(figures | {"reward": rewards.mean().item()}, step=step)
             if accelerator.is_main_process:
                 print_step(step, texts, history[-1], figures)
@@ -749,8 +753,9 @@ def draw_learning_curve(history: list[torch.Tensor], path: Path) -> None:
 
 def print_step(step: int, texts: list, rewards: torch.Tensor, figures: dict) -> None:
     """Print the figures of one step, then its responses from best to worst."""
+    loss = round(figures.get("loss", 0.0), 4) + 0.0  # turns -0.0 into 0.0
     tqdm.write(
-        f"\nStep {step} | Loss: {figures.get('loss', 0):.4f} | Reward: "
+        f"\nStep {step} | Loss: {loss:.4f} | Reward: "
         f"{rewards.mean():+.3f} (std {rewards.std():.3f}, max {rewards.max():+.3f}) | "
         f"{figures['seconds']:.1f} s"
     )

@@ -8,16 +8,17 @@ The algorithm in 7 steps
     1. Start from an actor (the policy: how likely is each move?) and a critic (how will
        the game end?) that know nothing. The opponent is a frozen copy of the actor.
     2. Play many whole games against it, the learner moving first in half of them. The
-       opponent also makes moves at random, in one game hardly any, in another half.
-    3. Give each move of the learner its return, the end of the game: +1 won, -1 lost.
+       opponent makes some of its moves at random: from none to half, by the game.
+    3. Give each move of the learner its return: +1 for a game won, 0 drawn, -1 lost.
     4. Subtract what the critic expected. What is left is the advantage: did the game
        end better or worse than expected from this position?
     5. Take one gradient step. The actor makes moves with a positive advantage more
        likely, and gets a bonus for variety (entropy); the critic moves its expectation
        towards the returns. The bonus and the size of the steps shrink with time.
     6. Every REFRESH_EVERY updates the opponent becomes a copy of what the actor is now.
-    7. Repeat from 2, until the agent (always the actor's most likely move) loses no
-       line of play: no complete game, whatever the opponent does in it. Then save.
+    7. Repeat from 2, at least NUM_UPDATES times, until the agent (always the actor's
+       most likely move) loses no line of play: no game that any opponent can bring
+       about. Then save.
 
 Symbols (T steps of one move each; N games side by side; B moves of the learner in all)
     s_t         observations   (T, N, 9)  stones: +1 side to move, -1 other side, 0 none
@@ -87,10 +88,10 @@ REPORT_EVERY = 50  # updates between two checks of every line of play
 
 # Algorithm
 GAMES_PER_UPDATE = 512  # more is steadier but slower; in half the learner moves first
-REFRESH_EVERY = 20  # updates between two new opponents; never to renew it teaches to
-#                     gamble on the blunders of a beginner
-MAX_RANDOM_CHANCE = 0.5  # each game draws from 0 to this how likely a move of its
-#                          opponent is random; at 0 there is little to learn to punish
+REFRESH_EVERY = 20  # updates between two new opponents; never: it learns to gamble on
+#                     a beginner's blunders
+MAX_RANDOM_CHANCE = 0.5  # a game draws from 0 to this the chance that a move of its
+#                          opponent is random; at 0 it sees too few blunders to punish
 LEARNING_RATE = 0.01  # size of Adam's first steps; too small needs more updates
 ENTROPY_BONUS = 0.25  # what a nat of variety is worth, a won game being 1; too little
 #                       and whole branches of the game are never tried again
@@ -125,7 +126,7 @@ def make_layers(outputs: int, hidden_units: int) -> nn.Sequential:
 
 
 class ActorNetwork(nn.Module):
-    """The policy pi(a|s): a board in, a score for each of the nine cells out."""
+    """The policy pi(a|s): a board in, a logit for each of the nine cells out."""
 
     def __init__(self, hidden_units: int = HIDDEN_UNITS) -> None:
         super().__init__()
@@ -185,7 +186,7 @@ def subtract_values(returns: torch.Tensor, values: torch.Tensor) -> torch.Tensor
 
     Why is this allowed? V(s) is the same for every move in s, so what it adds to the
     expected gradient is V(s) sum_a pi grad ln pi = V(s) grad sum_a pi = V(s) grad 1 = 0
-    (lesson 1, The equations), however wrong V is. A good V makes it less noisy.
+    however wrong V is. A good V makes the gradient less noisy.
 
     Without the `detach` the actor's loss would train the critic too, to expect whatever
     makes that loss small.
@@ -210,7 +211,7 @@ def actor_loss(log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.Tenso
 
 
 def entropy_bonus(entropies: torch.Tensor, beta: float) -> torch.Tensor:
-    """What variety is worth: subtracted from the loss, so that it is made large.
+    """What variety is worth; the loss has it with a minus, so that entropy is kept up.
 
     bonus = beta * mean_t( H_t ),   H_t = -sum_a pi(a|s_t) ln pi(a|s_t)   (in nats)
 
@@ -245,8 +246,7 @@ def critic_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
 # updates, and all their games estimate one quantity: the result against this player.
 # The actor itself would be another player after each gradient step, a moving target:
 # two players that answer each other's last change can go in circles, as in rock, paper,
-# scissors. Tic-tac-toe is simple enough to do without: with REFRESH_EVERY = 1 no line
-# of play is lost either (seeds 0-2).
+# scissors.
 
 Policy = Callable[[torch.Tensor], torch.Tensor]  # boards (B, 9) -> logits (B, 9)
 
@@ -391,8 +391,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     actor, critic = ActorNetwork(HIDDEN_UNITS), CriticNetwork(HIDDEN_UNITS)
     opponent = copy.deepcopy(actor)
-    # The networks share no weights, so one optimizer can train both at once. Step 5
-    # sets its learning rate.
+    # One optimizer for both networks; step 5 sets its learning rate.
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()])
     env = gym.make_vec(ENV_ID, num_envs=GAMES_PER_UPDATE)
     learner_first = torch.arange(GAMES_PER_UPDATE) % 2 == 0  # in every second game
@@ -410,7 +409,7 @@ def main() -> None:
             observations, masks, actions, learner_moved, results = games
 
             # 3. The return of each move of the learner; the others are not trained on.
-            returns = results.expand_as(learner_moved)[learner_moved]  # (N,) -> (B,)
+            returns = results.expand_as(learner_moved)[learner_moved]  # (T, N) -> (B,)
             observations = observations[learner_moved]  # (T, N, 9) -> (B, 9)
             masks, actions = masks[learner_moved], actions[learner_moved]
 

@@ -14,7 +14,7 @@ The environment in 6 decisions (each is marked in the code with its number)
     3. Mask: what the player may do. `info["action_mask"]` holds 1 for an empty cell.
     4. Reward: what the player wants. It goes to the side that has just moved: +1 for
        three in a row, 0 for a draw or while the game goes on, -1 for an illegal move.
-       What one side gets the other side loses, so the loser's reward is minus this.
+       What one side gets the other side loses: its reward is minus this.
     5. End: `terminated` is True when the game is over by its own rules. `truncated`
        would mean that a time limit cut it short: always False, nine cells fill up.
     6. Randomness: the game has none, but `reset` must take a `seed` all the same. Moves
@@ -95,8 +95,9 @@ def play_moves(boards: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, ...
 def board_text(board: np.ndarray) -> str:
     """A board (9,) as text: X and O, and the number of each empty cell."""
     marks = [str(number) for number in range(9)]
+    x_value = 1 if board.sum() == 0 else -1  # X to move: sum 0, O to move: sum -1
     for cell in np.flatnonzero(board):
-        marks[cell] = "X" if (board[cell] == 1) == (board.sum() == 0) else "O"
+        marks[cell] = "X" if board[cell] == x_value else "O"
     rows = [f" {' | '.join(marks[start : start + 3])} " for start in (0, 3, 6)]
     return "\n---+---+---\n".join(rows)
 
@@ -187,12 +188,12 @@ DISABLED = AutoresetMode.DISABLED
 class TicTacToeVectorEnv(gym.vector.VectorEnv):
     """N boards that move together: the same game, N results for one call of `step`.
 
-    Python is slow and NumPy is not: a step of 1,024 boards takes only 3 to 5 times as
-    long as a step of one (measured). What happens to a board whose game has ended while
-    the others play on? It stays as it is, which Gymnasium calls AutoresetMode.DISABLED:
-    moves on it are ignored, its reward is 0 and `terminated` stays True until `reset`.
-    So nine steps play N whole games, and not one move more. For boards that begin again
-    by themselves (slower): `make_vec(..., vectorization_mode="sync")`.
+    Python is slow and NumPy is not: a step of 1,024 boards takes a few times as long as
+    a step of one. What happens to a board whose game has ended while the others play
+    on? It stays as it is, which Gymnasium calls AutoresetMode.DISABLED: moves on it are
+    ignored, its reward is 0 and `terminated` stays True until `reset`. So nine steps
+    play N whole games. For boards that begin again by themselves (slower):
+    `make_vec(..., vectorization_mode="sync")`.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": DISABLED}

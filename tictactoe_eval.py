@@ -3,8 +3,8 @@
 What you will learn
     How to judge a player: not by games against itself (greedy play repeats one game),
     nor by a sample of games, but by every line of play (every complete game that an
-    opponent can bring about), from both seats, with draws and losses counted apart;
-    and beside it what the best possible player would reach.
+    opponent can bring about), moving first and second, draws and losses counted apart,
+    and beside it the most wins that a player who never risks a loss can have.
 
 Run it
     python tictactoe_eval.py
@@ -96,7 +96,7 @@ def perfect_moves(board: Board) -> list[int]:
 
 @cache
 def best_win_probability(board: Board) -> float:
-    """The most wins against random play that a player can have who never risks a loss.
+    """The highest probability of beating random play without ever risking a loss.
 
     W(s) = max over the safe moves a of   1 if a wins, 0 if it ends in a draw, else
            mean over the replies b of     0 if b ends it, else W(s after a and b)
