@@ -531,18 +531,15 @@ def main() -> None:
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_MODELS = {"gpt2", "OpenAssistant/reward-model-deberta-v3-large"}
-LEGEND = """\
-The reward should rise; std: its spread in the group. The loss is no sign of progress:
-with INNER_STEPS = 1 it is beta times KL. KL: 0 to 0.1, near the first policy. Entropy
-(nats a token) falls; near 0, one answer is left. Clipped: best below 20 %. Cut off:
-responses as long as MAX_NEW_TOKENS. Gradient: its length before MAX_GRAD_NORM."""
 
 
 def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
     folder, curve = HERE / SAVE_DIR, HERE / CURVE_PATH
+    writable = os.access(folder.parent, os.W_OK) and os.access(curve.parent, os.W_OK)
     rules = {
         "DEVICE: cpu, or cuda with a GPU": DEVICE == "cpu" or torch.cuda.is_available(),
+        "MIXED_PRECISION: no or bf16": MIXED_PRECISION in ("no", "bf16"),
         "PROMPTS: a list of texts": isinstance(PROMPTS, list) and any(PROMPTS),
         "SEED: from 0 to 499,999": 0 <= SEED < 500_000,
         "NUM_SAMPLES, EVAL_SAMPLES: from 2": min(NUM_SAMPLES, EVAL_SAMPLES) >= 2,
@@ -552,15 +549,12 @@ def check_settings() -> None:
         "LR, TINY_LR, TOP_P, CLIP_EPS: above 0, at most 1": all(
             0 < value <= 1 for value in (LR, TINY_LR, TOP_P, CLIP_EPS)
         ),
-        "TEMPERATURE, MAX_GRAD_NORM: above 0": TEMPERATURE > 0 and MAX_GRAD_NORM > 0,
-        "KL_COEF: from 0": KL_COEF >= 0,
-        "MIXED_PRECISION: no or bf16": MIXED_PRECISION in ("no", "bf16"),
+        "TEMPERATURE: above 0": TEMPERATURE > 0,
+        "KL_COEF, MAX_GRAD_NORM: from 0": KL_COEF >= 0 and MAX_GRAD_NORM >= 0,
         "SAVE_DIR: a folder outside grpo_tiny/": not folder.is_file()
-        and not folder.resolve().is_relative_to(TINY_MODELS.resolve()),
+        and not folder.resolve().is_relative_to(TINY_MODELS),
         "CURVE_PATH: a .png file": curve.suffix == ".png",
-        "SAVE_DIR, CURVE_PATH: where files can be written": (
-            os.access(folder.parent, os.W_OK) and os.access(curve.parent, os.W_OK)
-        ),
+        "SAVE_DIR, CURVE_PATH: where files can be written": writable,
         "USE_WANDB: pip install wandb": not USE_WANDB or find_spec("wandb"),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
@@ -576,19 +570,21 @@ def start_accelerator() -> Accelerator:
     for name in ("FSDP", "DEEPSPEED"):  # asked before Accelerate looks for DeepSpeed
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             sys.exit("FSDP and DeepSpeed split the model; this script needs it whole.")
-    trackers = "wandb" if USE_WANDB else None
-    accelerator = Accelerator(
-        cpu=DEVICE == "cpu", mixed_precision=MIXED_PRECISION, log_with=trackers
-    )
-    count = accelerator.num_processes
-    if NUM_SAMPLES % count or EVAL_SAMPLES % count:
-        sys.exit(f"NUM_SAMPLES and EVAL_SAMPLES cannot be shared by {count} processes.")
     try:
+        trackers = "wandb" if USE_WANDB else None
+        accelerator = Accelerator(
+            cpu=DEVICE == "cpu", mixed_precision=MIXED_PRECISION, log_with=trackers
+        )
         accelerator.init_trackers("grpo_training")
     except Exception as problem:  # for example, nobody is logged in
         sys.exit(f"USE_WANDB: {problem}".split("\n")[0])
-    accelerator.print(f"GRPO on {count} x {accelerator.device}, {NUM_STEPS} steps.")
-    accelerator.print(LEGEND)
+    count = accelerator.num_processes
+    if NUM_SAMPLES % count or EVAL_SAMPLES % count:
+        sys.exit(f"NUM_SAMPLES and EVAL_SAMPLES cannot be shared by {count} processes.")
+    accelerator.print(
+        f"GRPO on {count} x {accelerator.device}, {NUM_STEPS} steps. The reward should "
+        "rise.\nThe loss is no sign of progress. The other figures: see `diagnose`."
+    )
     return accelerator
 
 
@@ -600,13 +596,11 @@ def find_model(name: str) -> str | None:
     folder = HERE / Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
+    errors = huggingface_hub.errors
     try:
         huggingface_hub.model_info(name, timeout=5)
-    except (
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.HFValidationError,
-    ):
-        pass  # the Hub answers, or could not; from_pretrained will say what is wrong
+    except (errors.HfHubHTTPError, errors.HFValidationError):
+        pass  # from_pretrained will say what is wrong
     except Exception:  # there are many ways not to get there
         cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
         return str(Path(cached).parent) if isinstance(cached, str) else None
@@ -641,7 +635,7 @@ def load_model(kind: type, name: str) -> tuple[Model, Tokenizer]:
 def load_models(accelerator: Accelerator) -> tuple[Model, Tokenizer, Callable, float]:
     """The policy, its tokenizer, score(prompt, responses), and the learning rate."""
     names = [POLICY_MODEL_NAME, REWARD_MODEL_NAME][: 1 if REWARD_FUNCTION else 2]
-    found, lr = [find_model(name) for name in names], LR
+    found = [find_model(name) for name in names]
     if None in found:
         missing = names[found.index(None)]
         line = f"{missing} is not here, and the Hugging Face Hub cannot be reached"
@@ -649,29 +643,25 @@ def load_models(accelerator: Accelerator) -> tuple[Model, Tokenizer, Callable, f
             sys.exit(f"{line}: connect to the internet, or name a folder with a model.")
         accelerator.print(f"{line}: falling back to the models in grpo_tiny/.")
         found = [str(TINY_MODELS / "policy"), str(TINY_MODELS / "reward")]
-    if Path(found[0]) == TINY_MODELS / "policy":
-        lr = TINY_LR
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, found[0])
     longest = max(encode_prompt(tokenizer, prompt).shape[1] for prompt in PROMPTS)
     if longest + MAX_NEW_TOKENS > tokenizer.model_max_length:
         sys.exit(f"A prompt and MAX_NEW_TOKENS together are too long for {found[0]}.")
-    reward_model = reward_tokenizer = None
+    scorer = None, None
     if REWARD_FUNCTION is None:
         kind = transformers.AutoModelForSequenceClassification
-        reward_model, reward_tokenizer = load_model(kind, found[1])
-        if reward_model.num_labels != 1:
-            sys.exit(f"{found[1]} has {reward_model.num_labels} outputs, not 1 score.")
-        pairs = reward_tokenizer(PROMPTS, [""] * len(PROMPTS)).input_ids
-        if max(map(len, pairs)) >= reward_tokenizer.model_max_length:
-            sys.exit(f"A prompt is too long for {found[1]}.")
-        reward_model.to(accelerator.device)
+        scorer = load_model(kind, found[1])
+        if scorer[0].num_labels != 1:
+            sys.exit(f"{found[1]} has {scorer[0].num_labels} outputs, not 1 score.")
+        scorer[0].to(accelerator.device)
 
     def score(prompt: str, responses: list[str]) -> torch.Tensor:
-        rewards = score_responses(reward_model, reward_tokenizer, prompt, responses)
+        rewards = score_responses(*scorer, prompt, responses)
         if rewards.shape != (len(responses),) or not rewards.isfinite().all():
             sys.exit(f"Not a finite reward for each response: {rewards.tolist()}")
         return rewards.to(accelerator.device)
 
+    lr = TINY_LR if Path(found[0]) == TINY_MODELS / "policy" else LR
     return policy.to(accelerator.device), tokenizer, score, lr
 
 
@@ -682,18 +672,12 @@ def keep_unfinished_run(
     """Whatever ends the lines inside early, the run so far is kept under another name.
 
     Ctrl-C, `kill` and a closed terminal only leave a mark in the list that this gives;
-    main() looks at it once a step. A second Ctrl-C interrupts at once.
+    main() looks at it once a step.
     """
-    stopped = []
-
-    def mark(number, frame):
-        stopped.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [getattr(signal, name) for name in names]
-    numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # by nohup
-    before = [signal.signal(number, mark) for number in numbers]
+    stopped, numbers = [], [signal.SIGINT, signal.SIGTERM]
+    if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) == 0:
+        numbers.append(signal.SIGHUP)  # unless `nohup` has switched it off
+    before = [signal.signal(n, lambda *_: stopped.append(True)) for n in numbers]
     try:
         yield stopped
     except BaseException:
@@ -725,16 +709,14 @@ def save_run(
         stale = "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"
         for name in ("config.json", *stale):
             (folder / name).unlink(missing_ok=True)
-        files = sorted(
-            Path(aside).iterdir(), key=lambda file: file.name == "config.json"
-        )
-        for file in files:
+        for file in sorted(
+            Path(aside).iterdir(), key=lambda x: x.name == "config.json"
+        ):
             os.replace(file, folder / file.name)
     if history:
         draw_learning_curve(history, curve)
     print(f"\nWritten: {folder.name}/ and {curve.name}. To use the model, in Python:")
-    print("  from transformers import pipeline")
-    print(f'  pipeline("text-generation", "{folder}")({PROMPTS[0]!r})')
+    print(f"  transformers.pipeline('text-generation', {str(folder)!r})(a prompt)")
 
 
 def draw_learning_curve(history: list[torch.Tensor], path: Path) -> None:
@@ -754,20 +736,19 @@ def draw_learning_curve(history: list[torch.Tensor], path: Path) -> None:
 def print_step(step: int, texts: list, rewards: torch.Tensor, figures: dict) -> None:
     """Print the figures of one step, then its responses from best to worst."""
     loss = round(figures.get("loss", 0.0), 4) + 0.0  # turns -0.0 into 0.0
-    tqdm.write(
-        f"\nStep {step} | Loss: {loss:.4f} | Reward: "
-        f"{rewards.mean():+.3f} (std {rewards.std():.3f}, max {rewards.max():+.3f}) | "
-        f"{figures['seconds']:.1f} s"
-    )
+    spread = f"std {rewards.std():.3f}, max {rewards.max():+.3f}"
+    line = "  Skipped: all rewards are equal, there is nothing to learn from."
     if "loss" in figures:
         kl = f"{figures['kl']:.4f}" if KL_COEF > 0 else "off"
-        tqdm.write(
+        line = (
             f"  KL: {kl} | Entropy: {figures['entropy']:.3f} | "
             f"Clipped: {figures['clipped']:.1%} | Length: {figures['length']:.1f}, "
             f"cut off: {figures['cut_off']:.0%} | Gradient: {figures['gradient']:.2f}"
         )
-    else:
-        tqdm.write("  Skipped: all rewards are equal, there is nothing to learn from.")
+    tqdm.write(
+        f"\nStep {step} | Loss: {loss:.4f} | Reward: {rewards.mean():+.3f} ({spread}) "
+        f"| {figures['seconds']:.1f} s\n{line}"
+    )
     for i in rewards.argsort(descending=True).tolist():
         tqdm.write(f"  [{rewards[i]:+.2f}] {' '.join(texts[i].split())}")
 

@@ -392,22 +392,6 @@ def test_a_signal_ends_the_run_after_its_step_and_keeps_it(
     assert not (tmp_path / "model").exists()
 
 
-def test_a_second_ctrl_c_interrupts_at_once_and_still_keeps_the_run(
-    settings, tmp_path, monkeypatch
-):
-    after = []
-
-    def press_twice(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        after.append("never")
-
-    spy_on(monkeypatch, "grpo_step", press_twice)
-    with pytest.raises(KeyboardInterrupt):
-        lesson.main()
-    assert not after and (tmp_path / "model_interrupted" / "config.json").exists()
-
-
 def test_ctrl_c_is_not_heard_while_saving(tmp_path, monkeypatch, capsys):
     spy_on(monkeypatch, "save_run", lambda *a: os.kill(os.getpid(), signal.SIGINT))
     lesson.main()
@@ -593,13 +577,6 @@ def test_a_prompt_and_response_longer_than_the_context_are_refused(settings, cap
     fails_with(capsys, lesson.main, "MAX_NEW_TOKENS", "policy")
     settings(MAX_NEW_TOKENS=14, NUM_STEPS=1, REWARD_FUNCTION=low_words)
     lesson.main()  # 50 + 14 are exactly the 64 that the policy can read
-
-
-def test_a_prompt_longer_than_the_reward_model_s_context_is_refused(settings, capsys):
-    settings(PROMPTS=[PROMPT, "w1 " * 45])
-    fails_with(capsys, lesson.main, "prompt", "reward")
-    settings(PROMPTS=["w1 " * 44], NUM_STEPS=1)
-    lesson.main()  # with 3 marks, one token of the response can be read
 
 
 @pytest.mark.parametrize("answer", [[1.0], [[1.0]] * 4, 3.0, [torch.inf] * 4])
