@@ -146,10 +146,11 @@ CLAIMS = [
         "grpo",
         "A step takes less time and memory than with TRL's trainer (asked: at most "
         "four fifths of the time, nine tenths of the memory)",
-        "at TRL's default {SmolLM2-135M-Instruct: time / TRL, all 8 at once} of its "
-        "time, {SmolLM2-135M-Instruct: peak memory / TRL, all 8 at once} of its peak "
-        "memory; in parts of two {SmolLM2-135M-Instruct: time / TRL, parts of 2} and "
-        "{SmolLM2-135M-Instruct: peak memory / TRL, parts of 2}",
+        "random gpt2-small: {random gpt2-small: time / TRL, all 8 at once} of the time "
+        "and {random gpt2-small: peak memory / TRL, all 8 at once} of the memory at "
+        "TRL's default; SmolLM2-135M-Instruct: "
+        "{SmolLM2-135M-Instruct: time / TRL, all 8 at once} and "
+        "{SmolLM2-135M-Instruct: peak memory / TRL, all 8 at once}",
     ),
     (
         "grpo",
