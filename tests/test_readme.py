@@ -87,20 +87,35 @@ def test_every_lesson_of_the_top_level_is_in_the_table_of_lessons():
         assert any(f"`{script.name}`" in line for line in table), script.name
 
 
-# How a figure of the benchmarks stands in the text.
+# How figures of the benchmarks stand in the text: <name in the summary|format>.
 FIGURES = {
     "cartpole": [
-        "{median episodes:g} episodes and {median seconds:.1f} seconds (medians)",
+        "<median episodes|g> episodes and <median seconds|.1f> seconds (medians)",
     ],
     "tictactoe": [
-        "after {median seconds:.0f} seconds (median)",
-        "at least {lowest wins % moving first:g} %",
-        "{lowest wins % moving second:g} % moving second",
-        "can win {best possible wins % moving first:g} %",
+        "after <median seconds|.0f> seconds (median)",
+        "at least <lowest wins % moving first|g> %",
+        "<lowest wins % moving second|g> % moving second",
+        "can win <best possible wins % moving first|g> %",
     ],
-    "lunarlander": [],
-    "grpo": [],
-    "grpo_tiny": [],
+    "lunarlander": [
+        "land: <mean of the seeds|g> on average, at least <worst seed|.1f>",
+        "| <median seconds|.0f> seconds | `lunarlander_ppo.py`",
+        "<share of all episodes >= 200|.1%> of all episodes",
+    ],
+    "grpo": [
+        "in <random gpt2-small: time / TRL, all 8 at once|g> of its time",
+        "<random gpt2-small: peak memory / TRL, all 8 at once|g> of its peak memory",
+        "<default pair: seconds a step|g> seconds a step",
+        "<default pair: peak GB|g> GB",
+        "| peak memory, GB | <gpt2: peak GB|g> | <EleutherAI/gpt-neo-125M: peak GB|g> "
+        "| <facebook/opt-350m: peak GB|g> | <gpt2-medium: peak GB|g> "
+        "| <EleutherAI/pythia-410m: peak GB|g> | <gpt2-large: peak GB|g> |",
+    ],
+    "grpo_tiny": [
+        "<CPU seconds of a run, most|.0f> seconds with the bundled models",
+        "by at least <seeds 0 to 4: gain on the prompt, stds, least|.1f> standard",
+    ],
 }
 
 
@@ -109,10 +124,9 @@ def test_every_figure_of_a_result_is_the_one_that_was_measured(name):
     summary = json.loads((RESULTS / f"{name}.json").read_text())["summary"]
     text = " ".join(README.split())
     for phrase in FIGURES[name]:
-        keys = re.findall(r"{([^:}]*)", phrase)
-        for i, key in enumerate(keys):  # str.format reads no names with spaces
-            phrase = phrase.replace(f"{{{key}:", f"{{{i}:")
-        expected = phrase.format(*[summary[key] for key in keys])
+        expected = re.sub(
+            r"<(.+?)\|(.*?)>", lambda match: format(summary[match[1]], match[2]), phrase
+        )
         assert expected in text, expected
 
 
