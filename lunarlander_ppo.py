@@ -466,7 +466,8 @@ def main() -> None:
     # fused: the same Adam in one call for all weights instead of one for each.
     optimizer = torch.optim.Adam(agent.parameters(), LEARNING_RATE, fused=True)
     envs = make_envs(NUM_ENVS)
-    observations, _ = envs.reset(seed=SEED)
+    # Copy i starts from seed SEED * NUM_ENVS + i: neighbouring seeds share no terrain.
+    observations, _ = envs.reset(seed=SEED * NUM_ENVS)
     updates = TOTAL_STEPS // (NUM_ENVS * ROLLOUT_STEPS)
     history, steps, start = [], 0, time.perf_counter()
 
@@ -519,14 +520,14 @@ def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
     counts = TOTAL_STEPS, REPORT_EVERY, NUM_ENVS, ROLLOUT_STEPS, EPOCHS, MINIBATCH_SIZE
     counts += HIDDEN_UNITS, HELD_OUT_EPISODES
+    seed, last, rows = SEED * NUM_ENVS, HELD_OUT_SEED, NUM_ENVS * ROLLOUT_STEPS
     folders = Path(WEIGHTS_PATH).parent, Path(CURVE_PATH).parent
     files = all(os.access(folder, os.W_OK) for folder in folders)
     rules = {
-        "SEED must be from 0 to 499,999": 0 <= SEED < 500_000,
+        "SEED * NUM_ENVS must be from 0 up, below HELD_OUT_SEED": 0 <= seed < last,
         "TOTAL_STEPS, REPORT_EVERY, NUM_ENVS, ROLLOUT_STEPS, EPOCHS, MINIBATCH_SIZE, "
         "HIDDEN_UNITS and HELD_OUT_EPISODES must be from 1": min(counts) >= 1,
-        "TOTAL_STEPS must be NUM_ENVS * ROLLOUT_STEPS or more": NUM_ENVS * ROLLOUT_STEPS
-        <= TOTAL_STEPS,
+        "TOTAL_STEPS must be NUM_ENVS * ROLLOUT_STEPS or more": rows <= TOTAL_STEPS,
         "LEARNING_RATE must be above 0 and at most 1": 0 < LEARNING_RATE <= 1,
         "FINAL_RATE must be from 0 to 1": 0 <= FINAL_RATE <= 1,
         "GAMMA must be from 0 to 1": 0 <= GAMMA <= 1,
