@@ -100,8 +100,8 @@ ROLLOUT_STEPS = 256  # of each copy in an update; few: the landing is out of sig
 EPOCHS = 5  # over each batch; few: little is learnt from it; many: slower, and the last
 #             ones use data that the policy has moved away from
 MINIBATCH_SIZE = 512  # rows in a gradient step; small: slow, noisy; big: too few steps
-LEARNING_RATE = 4e-3  # of Adam, at the start; too big: it settles on a bad habit; too
-#                       small: TOTAL_STEPS is over before it lands
+LEARNING_RATE = 2.5e-3  # of Adam, at the start; too big: it settles on a bad habit; too
+#                         small: TOTAL_STEPS is over before it lands
 FINAL_RATE = 0.1  # share of LEARNING_RATE that is left at the end; 1: it never falls
 GAMMA = 0.99  # discount of a reward one step later: looks about 1 / (1 - 0.99) = 100
 #               steps ahead; higher: takes its time to land; lower: short-sighted
@@ -116,7 +116,10 @@ VALUE_WEIGHT = 0.5  # of the critic's loss; too big: within MAX_GRAD_NORM, the c
 MAX_GRAD_NORM = 0.5  # a longer gradient (both networks as one) is shortened to this;
 #                      small: all count alike, clear or not; big: one odd one can jerk
 REWARD_SCALE = 0.01  # rewards reach +-100; the critic learns fastest on returns near 1
-HIDDEN_UNITS = 64  # width of both hidden layers; few: it flies crudely; many: slower
+HIDDEN_UNITS = (
+    128  # width of both hidden layers; few: it learns slowly; many: each step
+)
+#                     takes longer
 
 # Hence 16 * 256 = 4,096 rows in a batch; 4,096 / 512 = 8 minibatches * 5 epochs = 40
 # gradient steps in an update; 400,000 // 4,096 = 97 updates.
