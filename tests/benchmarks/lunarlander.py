@@ -59,7 +59,7 @@ SNAPSHOT_EVERY = 4  # updates between two looks at how good the agent was by the
 CURVE_EVERY = 10_000  # steps between two points of a learning curve
 LIBRARY_SEED = 0
 ZOO_STEPS = 1_000_000
-FRONTIER = (200_000, 300_000)  # steps, below those of the settings
+FRONTIER = (200_000, 300_000, 400_000)  # steps, below those of the settings
 OLD = {  # the settings of this lesson's first version
     "TOTAL_STEPS": 850_000,
     "NUM_ENVS": 16,
