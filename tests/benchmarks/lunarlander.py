@@ -335,8 +335,8 @@ def draw(report: dict) -> None:
 
 def frontier_of(report: dict) -> list[dict]:
     """The points of the frontier, and today's settings as the last one."""
-    points = report.get("frontier", [])
-    if runs := report.get("runs"):
+    points, runs = report.get("frontier", []), report.get("runs")
+    if points and runs:
         scores = [run["greedy mean"] for run in runs]
         mean = round(statistics.mean(scores), 1)
         last = {"steps": runs[0]["steps"], "mean": mean, "worst": min(scores)}
