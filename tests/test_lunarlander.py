@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -175,17 +176,6 @@ def test_the_docstring_cases_worked_by_hand():
         torch.tensor([1.5, 0.5]).log(), torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2
     )
     assert loss.item() == pytest.approx(-0.2)
-    values, returns = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 4.0])
-    explained = lesson.explained_variance(values, returns)
-    assert explained == pytest.approx(0.75, abs=1e-6)
-
-
-def test_explained_variance_is_1_if_perfect_0_for_a_constant_and_below_0_if_worse():
-    returns = torch.tensor([1.0, -1.0, 3.0, 5.0])
-    assert lesson.explained_variance(returns + 7, returns) == pytest.approx(1)
-    constant = torch.full((4,), 2.0)
-    assert lesson.explained_variance(constant, returns) == pytest.approx(0, abs=1e-6)
-    assert lesson.explained_variance(-returns, returns) == pytest.approx(-3, abs=1e-6)
 
 
 def test_log_probabilities_and_entropies_equal_those_of_torch():
@@ -271,7 +261,7 @@ def flown(monkeypatch):
 def test_the_gradient_of_the_whole_loss_equals_a_plain_rewriting(flown, monkeypatch):
     agent, _, batch = flown
     batch["old_log_probs"] += torch.linspace(-0.5, 0.5, 15)  # reaches every region
-    loss, _, _ = lesson.ppo_loss(agent, batch)
+    loss = lesson.ppo_loss(agent, batch)
     got = torch.autograd.grad(loss, list(agent.parameters()))
 
     terms = []
@@ -305,7 +295,7 @@ def test_a_long_gradient_is_shortened_to_the_limit(flown, monkeypatch):
 def test_no_gradient_reaches_the_critic_through_the_policy_loss(flown, monkeypatch):
     agent, _, batch = flown
     change(monkeypatch, VALUE_WEIGHT=0.0)
-    loss, _, _ = lesson.ppo_loss(agent, batch)
+    loss = lesson.ppo_loss(agent, batch)
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in agent.critic.parameters())
     assert not any(batch[name].requires_grad for name in batch)
@@ -314,9 +304,8 @@ def test_no_gradient_reaches_the_critic_through_the_policy_loss(flown, monkeypat
 def test_the_ratio_is_1_on_the_first_minibatch(flown, monkeypatch):
     agent, _, batch = flown
     batch["advantages"] = torch.ones(15)  # so that the loss is minus the mean ratio
-    _, policy_loss, _ = lesson.ppo_loss(agent, batch)
-    assert policy_loss.item() == pytest.approx(-1, abs=1e-6)
-    change(monkeypatch, CLIP_EPS=1e-5)
+    change(monkeypatch, CLIP_EPS=1e-5, VALUE_WEIGHT=0.0, ENTROPY_BONUS=0.0)
+    assert lesson.ppo_loss(agent, batch).item() == pytest.approx(-1, abs=1e-6)
     kl, clipped, _, _ = lesson.diagnose(agent, batch)
     assert (kl, clipped) == (pytest.approx(0, abs=1e-6), 0)
 
@@ -327,8 +316,9 @@ def test_the_critic_gives_a_flat_vector_so_that_nothing_broadcasts(flown, monkey
     assert values.shape == batch["returns"].shape == (15,)
     assert agent.critic(batch["observations"][:1]).shape == (1,)
     by_hand = sum((values - batch["returns"]).tolist()[i] ** 2 for i in range(15)) / 15
-    _, _, value_loss = lesson.ppo_loss(agent, batch)
-    assert value_loss.item() == pytest.approx(by_hand, rel=1e-4)
+    batch["advantages"] = torch.zeros(15)  # leaves the critic's loss alone
+    change(monkeypatch, VALUE_WEIGHT=1.0, ENTROPY_BONUS=0.0)
+    assert lesson.ppo_loss(agent, batch).item() == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_the_critic_learns_scaled_rewards_and_the_rollout_keeps_the_real_ones(
@@ -359,8 +349,19 @@ def test_the_four_printed_numbers_equal_a_plain_rewriting(flown, monkeypatch):
     assert clipped == pytest.approx(sum(left) / 15) and 0 < sum(left) < 15
     expected = -(probs * probs.log()).sum(1).mean().item()
     assert entropy == pytest.approx(expected, abs=1e-5)
-    parts = np.var(errors.tolist()), np.var(batch["returns"].tolist()) + 1e-8
+    parts = np.var(errors.tolist()), np.var(batch["returns"].tolist())
     assert explained == pytest.approx(1 - parts[0] / parts[1], rel=1e-3)
+
+
+def test_explained_variance_is_1_if_perfect_0_for_a_constant_and_below_0_if_worse(
+    flown,
+):
+    agent, _, batch = flown
+    returns = batch["returns"]
+    for values, expected in [(returns + 7, 1), (0 * returns, 0), (-returns, -3)]:
+        batch["values"] = values
+        _, _, _, explained = lesson.diagnose(agent, batch)
+        assert explained == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(("agent", "about"), [("fresh", 0.4), ("shipped", 0.1)])
@@ -535,6 +536,22 @@ def test_the_copies_reset_in_the_same_step_and_start_from_different_seeds():
     assert np.array_equal(first[1], alone) and not np.array_equal(first[0], first[1])
 
 
+def test_neighbouring_seeds_share_no_first_observation(in_folder, monkeypatch):
+    starts, collect = [], lesson.collect
+
+    def collect_and_note(envs, actor, observations):
+        starts.extend(row.tobytes() for row in observations)
+        return collect(envs, actor, observations)
+
+    change(monkeypatch, collect=collect_and_note, HELD_OUT_EPISODES=1)
+    change(monkeypatch, TOTAL_STEPS=8, NUM_ENVS=8, ROLLOUT_STEPS=1)
+    for seed in (0, 1):
+        change(monkeypatch, SEED=seed)
+        with contextlib.suppress(SystemExit):  # so few steps do not solve it
+            lesson.main()
+    assert len(set(starts)) == len(starts) == 16
+
+
 def test_the_score_is_the_plain_sum_of_rewards_and_a_crash_is_counted():
     def no_engine(observations):
         return torch.tensor([[9.0, 0, 0, 0]]).repeat(len(observations), 1)
@@ -621,7 +638,7 @@ def test_the_table_in_the_docstring_has_the_columns_that_are_printed(capsys):
     header = capsys.readouterr().out.splitlines()[-1]
     lines = lesson.__doc__.splitlines()
     start = lines.index(f"    {header}")
-    line = lesson.report_line([(1, 9.0, 9.0)], 1, 1.0, (0.1,) * 4, (0.1, 0.1))
+    line = lesson.report_line([(1, 9.0, 9.0)], 1, 1.0, (0.1,) * 4)
     assert len(header) == len(line)
     for sample in lines[start + 1 : start + 4]:
         assert len(sample) == len(header) + 4 and sample[4:].split()[3].count(",") == 1
@@ -743,35 +760,18 @@ class Bomb:
         return os.mkdir, (str(self.folder / "boom"),)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["damaged", "empty", "foreign", "other env", "code", "nan", "infinite", "huge"],
-)
-def test_a_bad_weights_file_is_refused_in_one_line_and_nothing_runs(tmp_path, kind):
-    path = tmp_path / "bad.pt"
+def test_weights_of_another_task_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "other.pt"
     shipped = torch.load(SHIPPED, weights_only=True)
-    if kind == "damaged":
-        path.write_bytes(SHIPPED.read_bytes()[:2000])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "foreign":
-        torch.save(torch.nn.Linear(8, 4).state_dict(), path)
-    elif kind == "other env":
-        torch.save({**shipped, "env_id": "Acrobot-v1"}, path)
-    elif kind in ("nan", "infinite"):
-        weights = {name: tensor.clone() for name, tensor in shipped["weights"].items()}
-        weights["critic.4.bias"][0] = float("nan" if kind == "nan" else "inf")
-        torch.save({**shipped, "weights": weights}, path)
-    elif kind == "huge":  # 10^10 x 10^10 weights, if it were built
-        torch.save({**shipped, "hidden_units": 10**10}, path)
-    else:
-        torch.save({**shipped, "weights": Bomb(tmp_path)}, path)
-    with pytest.raises(SystemExit) as stopped:
+    torch.save({**shipped, "env_id": "Acrobot-v1"}, path)
+    with pytest.raises(SystemExit, match="^other.pt holds a Acrobot-v1 agent, not"):
         lesson.load_agent(path)
-    assert "bad.pt does not hold a LunarLander-v3 agent" in stopped.value.code
-    if kind == "huge":  # refused before anything was allocated
-        assert "(ValueError)" in stopped.value.code
-    assert "\n" not in stopped.value.code
+
+
+def test_code_in_a_weights_file_is_refused_and_does_not_run(tmp_path):
+    torch.save({"weights": Bomb(tmp_path)}, tmp_path / "bad.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        lesson.load_agent(tmp_path / "bad.pt")
     assert not (tmp_path / "boom").exists()
 
 
@@ -779,31 +779,27 @@ def test_a_bad_weights_file_is_refused_in_one_line_and_nothing_runs(tmp_path, ki
     ("name", "value"),
     [
         ("SEED", -1),
-        ("SEED", 500_000),
+        ("SEED", 70_000),  # 16 copies of it reach the held-out seeds
         ("TOTAL_STEPS", 0),
         ("TOTAL_STEPS", 100),  # less than one rollout
         ("REPORT_EVERY", 0),
         ("NUM_ENVS", 0),
-        ("ROLLOUT_STEPS", 2.5),
+        ("ROLLOUT_STEPS", 0),
         ("EPOCHS", 0),
         ("MINIBATCH_SIZE", 0),
         ("LEARNING_RATE", -0.01),
-        ("LEARNING_RATE", "fast"),
         ("LEARNING_RATE", float("nan")),
         ("FINAL_RATE", 1.5),
         ("GAMMA", 1.1),
         ("GAE_LAMBDA", -0.1),
         ("CLIP_EPS", 0),
         ("ENTROPY_BONUS", -1),
-        ("VALUE_WEIGHT", None),
+        ("VALUE_WEIGHT", -1),
         ("MAX_GRAD_NORM", 0),
         ("REWARD_SCALE", 0),
-        ("HIDDEN_UNITS", True),
+        ("HIDDEN_UNITS", 0),
         ("HELD_OUT_EPISODES", 0),
-        ("NUM_ENVS", "16"),
-        ("WEIGHTS_PATH", None),
-        ("WEIGHTS_PATH", Path("/")),
-        ("CURVE_PATH", "c.xyz"),
+        ("WEIGHTS_PATH", Path("nowhere/w.pt")),
         ("CURVE_PATH", Path("nowhere/c.png")),
     ],
 )
@@ -817,40 +813,20 @@ def test_an_impossible_constant_is_refused_before_anything_runs(
     assert capsys.readouterr().out == "" and not list(in_folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("LANDINGS", 0),
-        ("GIF_EVERY", 0),
-        ("GIF_COLOURS", 300),
-        ("ACTION_SEED", -1),
-        ("SHOW", "no"),
-        ("GIF_PATH", None),
-        ("GIF_PATH", Path("nowhere/a.gif")),
-    ],
-)
-def test_an_impossible_constant_of_the_eval_script_is_refused_too(
-    monkeypatch, capsys, name, value
+def test_a_folder_for_the_gif_that_is_missing_is_refused_before_anything_runs(
+    monkeypatch, capsys
 ):
-    monkeypatch.setattr(lunar_eval, name, value)
-    with pytest.raises(SystemExit, match=f"^Settings: .*{name}.* must be .*[.]$"):
+    monkeypatch.setattr(lunar_eval, "GIF_PATH", Path("nowhere/a.gif"))
+    with pytest.raises(SystemExit, match="^GIF_PATH must be in a folder"):
         lunar_eval.main()
     assert capsys.readouterr().out == ""
-
-
-def test_a_folder_that_is_not_there_is_refused_before_the_run_and_not_after_it(
-    in_folder, monkeypatch
-):
-    monkeypatch.setattr(lesson, "WEIGHTS_PATH", in_folder / "nowhere" / "w.pt")
-    with pytest.raises(SystemExit, match="WEIGHTS_PATH must be a .pt file"):
-        lesson.main()
 
 
 def test_several_impossible_constants_are_named_together_without_a_traceback(tmp_path):
     done = run_copy(
         tmp_path,
         "lunarlander_ppo.py",
-        (f"GAMMA = {lesson.GAMMA}", "GAMMA = 'x'"),
+        (f"GAMMA = {lesson.GAMMA}", "GAMMA = 2"),
         ("CLIP_EPS = 0.2", "CLIP_EPS = -1"),
         (f"EPOCHS = {lesson.EPOCHS}", "EPOCHS = 0"),
     )
@@ -870,7 +846,7 @@ def test_a_run_that_ends_below_200_says_so_and_keeps_the_good_weights(tmp_path):
     assert lesson.load_agent(tmp_path / "ppo_lunarlander_final_unsolved.pt")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_or_kill_keeps_the_run_under_another_name(tmp_path, number):
     script = "lunarlander_ppo.py"
     text = (ROOT / script).read_text()
@@ -920,19 +896,6 @@ def test_a_ctrl_c_inside_box2d_stops_the_run_after_that_update(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_second_ctrl_c_interrupts_at_once_and_keeps_the_run_too(
-    in_folder, monkeypatch
-):
-    def press_twice(*arguments):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    change(monkeypatch, collect=press_twice)
-    with pytest.raises(KeyboardInterrupt):
-        lesson.main()
-    assert interrupted_files(in_folder) == ["c_interrupted.png", "w_interrupted.pt"]
-
-
 @pytest.mark.parametrize("broken", ["learn", "evaluate"])
 def test_an_error_in_training_or_in_the_last_evaluation_keeps_the_run_and_is_shown(
     in_folder, monkeypatch, capsys, broken
@@ -956,24 +919,8 @@ def test_a_ctrl_c_in_the_last_evaluation_is_not_heard_since_the_run_is_complete(
 
     change(monkeypatch, TOTAL_STEPS=10_000, evaluate=evaluate_and_press)
     lesson.main()
-    assert "written: w.pt and c.png" in capsys.readouterr().out
+    assert "Written: w.pt and c.png" in capsys.readouterr().out
     assert sorted(path.name for path in in_folder.iterdir()) == ["c.png", "w.pt"]
-
-
-def test_a_signal_that_was_ignored_stays_ignored_as_nohup_wants_it(monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with lesson.keep_unfinished_run(lambda: "nothing") as stopped:
-            signal.raise_signal(signal.SIGHUP)
-        assert not stopped and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_without_box2d_one_line_names_the_command_that_installs_it(tmp_path):
-    (tmp_path / "Box2D.py").write_text("raise ImportError('not installed')")
-    done = run_copy(tmp_path)
-    assert_one_plain_line(done, "Box2D", 'pip install "gymnasium[box2d]')
 
 
 def test_a_full_disk_while_saving_leaves_the_old_weights_whole_and_nothing_else(

@@ -134,7 +134,8 @@ CLAIMS = [
         "lunarlander",
         "The score of stable-baselines3 with RL Zoo's settings is reached sooner (this "
         "compares settings, not implementations)",
-        "{our seconds to that score} s against {stable-baselines3: seconds} s",
+        "{lesson's seconds to that score} s against "
+        "{RL Zoo's settings: stable-baselines3's seconds} s",
     ),
     (
         "lunarlander_ablations",
