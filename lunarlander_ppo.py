@@ -597,21 +597,18 @@ def save_run(agent: ActorCritic, history: list, suffix: str = "", **facts) -> st
 
 
 def load_agent(path: Path | str = WEIGHTS_PATH) -> ActorCritic:
-    """Read an agent back: its `.actor` gives logits (B, A), its `.critic` values (B,).
-
-    A file that is missing or from another task ends the program in one line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        sys.exit(f"{path.name} is missing. Make it with: python lunarlander_ppo.py")
-    # weights_only: a .pt file can hold code, and this refuses to run any.
-    checkpoint = torch.load(path, weights_only=True)
-    if checkpoint["env_id"] != ENV_ID:
-        sys.exit(
-            f"{path.name} holds a {checkpoint['env_id']} agent, not a {ENV_ID} one."
-        )
-    agent = ActorCritic(checkpoint["hidden_units"])
-    agent.load_state_dict(checkpoint["weights"])
+    """Read an agent back (`.actor`, `.critic`), or stop with one line if that fails."""
+    try:
+        checkpoint = torch.load(path, weights_only=True)  # never runs code from a file
+        weights = checkpoint["weights"]
+        agent = ActorCritic(len(weights["actor.0.bias"]))
+        agent.load_state_dict(weights)
+        finite = all(tensor.isfinite().all() for tensor in weights.values())
+        if checkpoint["env_id"] != ENV_ID or not finite:
+            raise ValueError("another task, or weights that are NaN or infinite")
+    except Exception as problem:  # a damaged file can fail in any way at all
+        why = f"no usable {ENV_ID} agent in {path} ({type(problem).__name__})"
+        sys.exit(f"There is {why}. Make it with: python lunarlander_ppo.py")
     return agent
 
 
