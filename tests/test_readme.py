@@ -108,9 +108,12 @@ FIGURES = {
         "<random gpt2-small: peak memory / TRL, all 8 at once|g> of its peak memory",
         "<default pair: seconds a step|g> seconds a step",
         "<default pair: peak GB|g> GB",
-        "| peak memory, GB | <gpt2: peak GB|g> | <EleutherAI/gpt-neo-125M: peak GB|g> "
-        "| <facebook/opt-350m: peak GB|g> | <gpt2-medium: peak GB|g> "
-        "| <EleutherAI/pythia-410m: peak GB|g> | <gpt2-large: peak GB|g> |",
+        "`gpt2` <gpt2: peak GB|g> GB, "
+        "`EleutherAI/gpt-neo-125M` <EleutherAI/gpt-neo-125M: peak GB|g>, "
+        "`facebook/opt-350m` <facebook/opt-350m: peak GB|g>, "
+        "`gpt2-medium` <gpt2-medium: peak GB|g>, "
+        "`EleutherAI/pythia-410m` <EleutherAI/pythia-410m: peak GB|g>, "
+        "`gpt2-large` <gpt2-large: peak GB|g>.",
     ],
     "grpo_tiny": [
         "<CPU seconds of a run, most|.0f> seconds with the bundled models",
