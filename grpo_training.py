@@ -39,7 +39,7 @@ Where this differs from the paper, and why
 Run it, and what you should see
     python grpo_training.py      on one GPU, or else on the CPU; README.md: on several
     Without access to the Hugging Face Hub it falls back to the small models bundled in
-    grpo_tiny/. With these, seed 0, @@SECONDS@@ seconds on one core of a server CPU:
+    grpo_tiny/. With these, seed 0, 25 seconds on one core of a server CPU:
         Step 0 | Loss: 0.0000 | Reward: -1.175 (std 1.633, max +2.764) | 0.4 s
           KL: off | Entropy: 1.119 | Clipped: 0.0% | Length: 60.6, cut off: 75% | ...
         Step 25 | Loss: 0.0000 | Reward: +0.958 (std 2.099, max +2.875) | 0.4 s
@@ -48,8 +48,11 @@ Run it, and what you should see
     Fresh responses: -0.748 before, +1.635 after. It has learned to stop, instead of
     running on about something else. What goes wrong: README.md, Debugging.
 
-Try this (bundled models, seeds 0-2; the median gain in reward is @@AFTER@@ as it is)
-@@TRY@@
+Try this (bundled models, seeds 0-2; as it is, the median gain in reward is 2.4)
+    * NUM_SAMPLES = 2: 0.2. One of the two responses is always the better one by far.
+    * INNER_STEPS = 4: 4.2, but read the texts: gibberish that the reward model likes.
+      A third model, which it does not know, finds them far less likely than before.
+    * KL_COEF = 0.4: 1.8. It stays nearer to where it started.
 """
 
 import contextlib
