@@ -380,7 +380,7 @@ def against_random(policy: Policy, agent_first: bool) -> tuple[float, float, flo
 def main() -> None:
     """Train until no line of play is lost, and save both networks."""
     check_settings()
-    print(f"Actor-critic on {ENV_ID}, on the CPU: {NUM_UPDATES} updates, 10 seconds.")
+    print(f"Actor-critic on {ENV_ID}, on the CPU: {NUM_UPDATES} updates, 12 seconds.")
     print("wins: % against random play, moving 1st and 2nd; should rise to 99 and 92.")
     print("lost: lines of play that are lost; should fall to 0, entropy slowly to 0.6.")
     print("The loss is the actor's. It shows no progress: the critic learns as well.\n")
