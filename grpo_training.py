@@ -130,7 +130,6 @@ CURVE_PATH = Path(__file__).with_name("grpo_learning_curve.png")
 USE_WANDB = False  # also send the figures to Weights & Biases (pip install wandb)
 
 HELD_OUT_SEED = 1_000_000  # for the responses that measure the gain
-TINY_MODELS = Path(__file__).resolve().with_name("grpo_tiny")
 
 # ------------------------------------------------------------------------------------
 # The equations
@@ -533,6 +532,7 @@ def main() -> None:
 # ------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
+TINY_MODELS = HERE / "grpo_tiny"
 DEFAULT_MODELS = {"gpt2", "OpenAssistant/reward-model-deberta-v3-large"}
 
 
