@@ -131,7 +131,7 @@ CLAIMS = [
         "{times its own stepping, median} times its own stepping",
     ),
     (
-        "lunarlander own",
+        "lunarlander",
         "stable-baselines3 with the same settings takes longer for a score like ours",
         "{same settings: stable-baselines3's score} in "
         "{same settings: stable-baselines3's seconds} s against "
@@ -139,7 +139,7 @@ CLAIMS = [
         "{same settings: times as fast} times",
     ),
     (
-        "lunarlander zoo",
+        "lunarlander",
         "The score of stable-baselines3 with RL Zoo's settings is reached sooner (this "
         "compares settings, not implementations)",
         "{lesson's seconds to that score} s against "
@@ -153,11 +153,11 @@ CLAIMS = [
     ),
     (
         "grpo",
-        "A step takes less time and memory than with TRL's trainer (asked: at most "
-        "four fifths of the time, nine tenths of the memory)",
-        "random gpt2-small: {random gpt2-small: time / TRL, all 8 at once} of the time "
-        "and {random gpt2-small: peak memory / TRL, all 8 at once} of the memory at "
-        "TRL's default; SmolLM2-135M-Instruct: "
+        "A step takes less time and memory than with TRL's trainer at its default: on "
+        "random gpt2-small (asked: at most four fifths of the time, nine tenths of the "
+        "memory), then on SmolLM2-135M-Instruct",
+        "{random gpt2-small: time / TRL, all 8 at once} of the time, "
+        "{random gpt2-small: peak memory / TRL, all 8 at once} of the memory; then "
         "{SmolLM2-135M-Instruct: time / TRL, all 8 at once} and "
         "{SmolLM2-135M-Instruct: peak memory / TRL, all 8 at once}",
     ),
