@@ -51,7 +51,7 @@ Run it, and what you should see
 Try this (bundled models, seeds 0-2; as it is, the median gain in reward is 2.4)
     * NUM_SAMPLES = 2: 0.2. Of two responses, one always gets 0.71 and the other -0.71.
     * INNER_STEPS = 4: 4.2, but read the texts: gibberish that the reward model likes.
-      A third model, which it does not know, finds them far less likely than before.
+      The model that wrote its training texts finds them far less likely than before.
     * KL_COEF = 0.4: 1.8. It stays nearer to where it started.
 """
 

@@ -563,11 +563,10 @@ def report_line(history: list, steps: int, speed: float, numbers: tuple) -> str:
 def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
     """Whatever ends the lines inside early, `save()` keeps the run so far.
 
-    Ctrl-C or `kill` only leaves a mark in the list that this gives. main() looks at it
-    once an update, so that no exception has to cross Box2D, which would swallow it.
+    Ctrl-C or `kill` only leaves a mark in the list that this gives; main() looks at it
+    once an update. An exception would have to cross Box2D, which swallows it.
     """
-    stopped = []
-    numbers = signal.SIGINT, signal.SIGTERM
+    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(n, lambda *_: stopped.append(True)) for n in numbers]
     try:
         yield stopped

@@ -362,9 +362,11 @@ def check_settings() -> None:
 
 @contextlib.contextmanager
 def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
-    """Whatever ends the lines inside early, `save()` keeps the run so far. Ctrl-C and
-    `kill` only leave a mark in the list that this gives; main() looks at it once an
-    update."""
+    """Whatever ends the lines inside early, `save()` keeps the run so far.
+
+    Ctrl-C or `kill` only leaves a mark in the list that this gives; main() looks at it
+    once an update.
+    """
     stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(n, lambda *_: stopped.append(True)) for n in numbers]
     try:
