@@ -284,19 +284,23 @@ def test_the_edit_for_lora_trains_only_the_small_matrices(copy_of_repository):
 
 def test_the_edit_for_gradient_checkpointing_gives_the_same_weights(copy_of_repository):
     diff = next(diff for diff in DIFFS if "checkpointing" in diff)
-    results, checkpointed = [], []
+    results, calls = [], []
     for name, edit in [("plain", str), ("saving", lambda text: apply(diff, text))]:
         module = edited(name, copy_of_repository, edit)
         step = module.grpo_step
 
         def spy(accelerator, policy, *others, step=step):
-            checkpointed.append(policy.is_gradient_checkpointing)
-            return step(accelerator, policy, *others)
+            layer, count = policy.transformer.h[0].mlp, []
+            handle = layer.register_forward_pre_hook(lambda *_: count.append(1))
+            figures = step(accelerator, policy, *others)
+            handle.remove()
+            calls.append(len(count))
+            return figures
 
         module.grpo_step = spy
         module.main()
         results.append(weights_of(copy_of_repository / "trained_model"))
-    assert checkpointed == [False, True]
+    assert calls == [1, 2]  # once more in the backward pass
     for name, value in results[0].items():
         assert torch.allclose(value, results[1][name], atol=1e-5), name
 
