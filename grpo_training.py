@@ -5,15 +5,13 @@ What you will learn
     was taught to predict text is taught to write what a second model rates highly.
 
 The algorithm in 6 steps
-    1. Start from a pretrained language model. In the words of reinforcement learning
-       it is the policy: in a state (the text so far) it takes an action (the next
-       token: a word or a piece of one).
+    1. Start from a pretrained language model, the policy. Its state is the text so far,
+       its action the next token: a word or a piece of one.
     2. Let it write a group of responses to one prompt, drawing every token at random.
     3. Score each response with the reward model, a network trained beforehand on which
        texts people prefer. The reward is one number for the whole text.
     4. Compare within the group: a response's advantage is how far its reward is above
-       the group's mean, in units of the standard deviation (std). PPO, lesson 3, trains
-       a second network, the critic, to know what to compare with.
+       the group's mean, in standard deviations (std). PPO trains a critic for that.
     5. Take a gradient step: make every token of the better responses likelier and every
        token of the worse ones rarer. Go back to 2.
     6. Compare fresh responses from before and after, and save the model.
@@ -30,39 +28,31 @@ Symbols (G responses, L tokens in the longest, P in the prompt, V in the vocabul
     eps, beta   CLIP_EPS, KL_COEF (KL: how far two policies differ, 0 if not at all)
 
 Where this differs from the paper, and why
-    Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4: 64 responses of up to
-    1,024 tokens to a prompt, 1,024 in a batch, LR 1e-6, KL_COEF 0.04; the reference is
-    renewed and the reward model trained further on the way. Here one prompt a step, no
-    KL, so that no second copy of the model is needed, and a larger LR for few steps. A
-    group whose rewards are all equal is skipped, its KL too.
+    Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4, take 1,024 responses a
+    step, 64 to a prompt, LR 1e-6 and KL_COEF 0.04. Here it is one prompt a step, no KL,
+    which saves a second copy of the model, and a larger LR for only 50 steps.
 
 Run it, and what you should see
-    python grpo_training.py      on one GPU, or else on the CPU; README.md: on several
-    Without access to the Hugging Face Hub it falls back to the small models bundled in
-    grpo_tiny/. With these, seed 0, 25 seconds on one core of a server CPU:
-        Step 0 | Loss: 0.0000 | Reward: -1.175 (std 1.633, max +2.764) | 0.4 s
-          KL: off | Entropy: 1.119 | Clipped: 0.0% | Length: 60.6, cut off: 75% | ...
-        Step 25 | Loss: 0.0000 | Reward: +0.958 (std 2.099, max +2.875) | 0.4 s
-        Step 49 | Loss: 0.0000 | Reward: +2.138 (std 0.925, max +2.930) | 0.3 s
-          KL: off | Entropy: 0.892 | Clipped: 0.0% | Length: 43.4, cut off: 12% | ...
-    Fresh responses: -0.748 before, +1.635 after. It has learned to stop, instead of
-    running on about something else. What goes wrong: README.md, Debugging.
+    python grpo_training.py      README.md has the manual; without access to the Hugging
+    Face Hub it falls back to small models in grpo_tiny/ (25 seconds on a CPU, seed 0):
+        Step 0 | Reward -1.175 (std 1.633, max +2.764)
+          loss 0 | KL 0 | entropy 1.12 | clipped 0 | length 60.6 | cut off 0.75 | ...
+        Step 25 | Reward +0.958 (std 2.099, max +2.875)
+        Step 49 | Reward +2.138 (std 0.925, max +2.930)
+          loss 0 | KL 0 | entropy 0.892 | clipped 0 | length 43.4 | cut off 0.125 | ...
+    Fresh responses: -0.748 before, +1.635 after. What goes wrong: README.md, Debugging.
 
 Try this (bundled models, seeds 0-2; as it is, the median gain in reward is 2.4)
     * NUM_SAMPLES = 2: 0.2. Of two responses, one always gets 0.71 and the other -0.71.
-    * INNER_STEPS = 4: 4.2, but read the texts: gibberish that the reward model likes.
-      The model that wrote its training texts finds them far less likely than before.
+    * INNER_STEPS = 4: 4.2, but the texts become gibberish that the reward model likes.
     * KL_COEF = 0.4: 1.8. It stays nearer to where it started.
 """
 
-import contextlib
 import copy
 import os
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -95,9 +85,8 @@ SEED = 0  # same seed, machine and versions: the same responses
 
 # Budget
 NUM_STEPS = 50  # groups, one update each
-NUM_SAMPLES = 8  # G, responses in a group; 2 is the least, more is a steadier gradient
-MAX_NEW_TOKENS = 64  # longer responses are cut off; too few: the reward model sees half
-#                      sentences; more: time grows in proportion
+NUM_SAMPLES = 8  # G, responses in a group, from 2; more: a steadier gradient, slower
+MAX_NEW_TOKENS = 64  # longer responses are cut off; few: half sentences; many: slow
 EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the gain
 
 # Algorithm
@@ -106,27 +95,24 @@ TINY_LR = 1.3e-5  # the same for the policy in grpo_tiny/
 TEMPERATURE = 1.0  # divides the logits (the model's scores of the tokens), in writing
 #                    and in training; too high: gibberish; too low: all responses alike
 TOP_P = 0.95  # write with the likeliest tokens that together hold 95 %; at 1.0, odd
-#               words. The loss does not know of this cut, so that gradient, KL and
-#               entropy are slightly off
+#               words. The loss ignores this cut, so the gradient is slightly off
 CLIP_EPS = 0.2  # a token is pushed no further once its probability changed by 20 %; too
 #                 small: later inner steps do nothing, too big: nothing holds them back
 INNER_STEPS = 1  # gradient steps from one group; more: faster, and sooner too far. With
 #                  1 the clip never acts: see grpo_step
-KL_COEF = 0.0  # beta, the pull back to the first policy; the paper's is 0.04. Above
-#                0, a frozen copy takes memory, and each step is slower
+KL_COEF = 0.0  # beta, the pull back to the first policy; above 0: slower, more memory
 SCALE_BY_STD = True  # divide advantages by the group's std; False: groups with nearly
 #                      equal rewards count less
-MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this; too small: all groups
-#                      count alike, too big: one odd group may throw the policy off
+MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this; small: all groups count
+#                      alike; big: one odd group may throw the policy off
 
 # Memory and speed
 MICRO_BATCH_SIZE = 8  # responses in one backward pass; fewer take less memory
 MIXED_PRECISION = "no"  # "bf16": compute in bfloat16, faster on GPUs; weights stay
 #                         float32: in bfloat16 a step of LR would be rounded away
 
-# Files, written beside this script
-SAVE_DIR = "trained_model"
-CURVE_PATH = Path(__file__).with_name("grpo_learning_curve.png")
+# Files
+SAVE_DIR = "trained_model"  # beside this script: model, tokenizer and learning curve
 USE_WANDB = False  # also send the figures to Weights & Biases (pip install wandb)
 
 HELD_OUT_SEED = 1_000_000  # for the responses that measure the gain
@@ -334,7 +320,10 @@ def generate_group(
 
 @torch.no_grad()
 def score_responses(
-    reward_model: Model, tokenizer: Tokenizer, prompt: str, responses: list[str]
+    reward_model: Model | None,
+    tokenizer: Tokenizer | None,
+    prompt: str,
+    responses: list[str],
 ) -> torch.Tensor:
     """Rewards (n,) float32, one for each pair of the prompt and a response.
 
@@ -343,28 +332,36 @@ def score_responses(
     prompt. REWARD_FUNCTION, if there is one, is asked instead of the reward model.
     """
     if REWARD_FUNCTION is not None:
-        return torch.tensor(REWARD_FUNCTION(prompt, responses), dtype=torch.float32)
-    inputs = tokenizer(
-        [prompt] * len(responses),
-        responses,
-        truncation="only_second",
-        padding=True,
-        return_tensors="pt",
-    ).to(reward_model.device)
-    return reward_model(**inputs).logits[:, 0].float()
+        rewards = torch.tensor(REWARD_FUNCTION(prompt, responses), device=DEVICE)
+    else:
+        inputs = tokenizer(
+            [prompt] * len(responses),
+            responses,
+            truncation="only_second",
+            padding=True,
+            return_tensors="pt",
+        ).to(reward_model.device)
+        rewards = reward_model(**inputs).logits[:, 0]
+    if rewards.shape != (len(responses),) or not rewards.isfinite().all():
+        sys.exit(f"Not a finite reward for each response: {rewards.tolist()}")
+    return rewards.float()
 
 
 def evaluate(
-    accelerator: Accelerator, policy: Model, tokenizer: Tokenizer, score: Callable
+    accelerator: Accelerator,
+    policy: Model,
+    tokenizer: Tokenizer,
+    reward_model: Model | None,
+    reward_tokenizer: Tokenizer | None,
 ) -> torch.Tensor:
     """Rewards (len(PROMPTS) * EVAL_SAMPLES,) of responses that are not trained on."""
     set_seed(HELD_OUT_SEED, device_specific=True)  # plus the number of the process
-    rewards = []
+    share, rewards = EVAL_SAMPLES // accelerator.num_processes, []
     for prompt in PROMPTS:
-        share = EVAL_SAMPLES // accelerator.num_processes
         _, completion_ids = generate_group(policy, tokenizer, prompt, share)
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        rewards.append(accelerator.gather(score(prompt, texts)))
+        scores = score_responses(reward_model, reward_tokenizer, prompt, texts)
+        rewards.append(accelerator.gather(scores))
     return torch.cat(rewards)
 
 
@@ -455,7 +452,7 @@ def grpo_step(
             sys.exit("The loss is not a finite number; the policy was left as it was.")
         optimizer.step()
         optimizer.zero_grad()
-    names = "loss", "kl", "entropy", "clipped", "length", "cut_off"
+    names = "loss", "KL", "entropy", "clipped", "length", "cut off"
     figures = accelerator.reduce(figures, "mean").tolist()  # over the processes
     return dict(zip(names, figures, strict=True)) | {"gradient": gradient.item()}
 
@@ -469,26 +466,28 @@ def main() -> None:
     """Train the policy on NUM_STEPS groups, compare before and after, save it."""
     check_settings()
     accelerator = start_accelerator()
+    where = f"{accelerator.num_processes} x {accelerator.device}"
+    accelerator.print(
+        f"GRPO on {where}, {NUM_STEPS} steps. Watch the reward, not the loss."
+    )
     share = NUM_SAMPLES // accelerator.num_processes  # of each group, for this process
 
-    # 1. The policy, score(prompt, responses), and, with KL, a copy of the first policy.
-    writer, tokenizer, score, lr = load_models(accelerator)
+    # 1. The policy, the reward model, and, with KL, a frozen copy of the first policy.
+    writer, tokenizer, *judge = load_models()
     reference = copy.deepcopy(writer) if KL_COEF > 0 else None
     if reference is not None:
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
+    lr = TINY_LR if writer.name_or_path == str(TINY_MODELS / "policy") else LR
     optimizer = torch.optim.AdamW(writer.parameters(), lr, weight_decay=0.0, fused=True)
     # With several processes, a backward pass through `policy` averages gradients;
     # `writer` is the same model without that, to write with.
     policy, optimizer = accelerator.prepare(writer, optimizer)
     history = []  # the rewards (G,) of each step
 
-    with keep_unfinished_run(writer, tokenizer, history) as stopped:
-        before = evaluate(accelerator, writer, tokenizer, score)
+    try:
+        before = evaluate(accelerator, writer, tokenizer, *judge)
         set_seed(SEED, device_specific=True)
         for step in tqdm(range(NUM_STEPS), unit="step", leave=False, disable=None):
-            if gather_object(stopped):  # Ctrl-C, in any process
-                sys.exit(f"Stopped after {step} steps.")
-            started = time.time()
             prompt = PROMPTS[step % len(PROMPTS)]
 
             # 2. Write this process's share of a group.
@@ -498,7 +497,7 @@ def main() -> None:
             texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
 
             # 3. Score it, and collect the rewards of the whole group.
-            rewards = accelerator.gather(score(prompt, texts))
+            rewards = accelerator.gather(score_responses(*judge, prompt, texts))
 
             # 4. Compare within the group.
             advantages = group_advantages(rewards, SCALE_BY_STD)
@@ -514,17 +513,20 @@ def main() -> None:
                 }
                 figures = grpo_step(accelerator, policy, reference, optimizer, batch)
             history.append(rewards.cpu())
-            texts = gather_object(texts)
-            figures["seconds"] = time.time() - started
             accelerator.log(figures | {"reward": rewards.mean().item()}, step=step)
+            texts = gather_object(texts)
             if accelerator.is_main_process:
                 print_step(step, texts, history[-1], figures)
 
         # 6. The gain, on responses that played no part in training, and the model.
-        after = evaluate(accelerator, writer, tokenizer, score)
-        if accelerator.is_main_process:
-            print_gain(before, after)
-        save_run(writer, tokenizer, history)
+        after = evaluate(accelerator, writer, tokenizer, *judge)
+        accelerator.print(f"\n{len(after)} fresh responses: mean reward (std)")
+        for name, rewards in [("before", before), ("after", after)]:
+            accelerator.print(f"  {name} {rewards.mean():+.3f} ({rewards.std():.3f})")
+    except BaseException:  # Ctrl-C, a bug in REWARD_FUNCTION: the run so far is kept
+        save_run(writer, tokenizer, history, "_interrupted")
+        raise
+    save_run(writer, tokenizer, history, "")
 
 
 # ------------------------------------------------------------------------------------
@@ -538,27 +540,30 @@ DEFAULT_MODELS = {"gpt2", "OpenAssistant/reward-model-deberta-v3-large"}
 
 def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
-    folder, curve = HERE / SAVE_DIR, HERE / CURVE_PATH
-    writable = os.access(folder.parent, os.W_OK) and os.access(curve.parent, os.W_OK)
+    folder, processes = (HERE / SAVE_DIR).resolve(), int(os.getenv("WORLD_SIZE", "1"))
+    writable = not folder.is_file() and os.access(folder.parent, os.W_OK)
+    split = {os.getenv(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
     rules = {
         "DEVICE: cpu, or cuda with a GPU": DEVICE == "cpu" or torch.cuda.is_available(),
         "MIXED_PRECISION: no or bf16": MIXED_PRECISION in ("no", "bf16"),
         "PROMPTS: a list of texts": isinstance(PROMPTS, list) and any(PROMPTS),
         "SEED: from 0 to 499,999": 0 <= SEED < 500_000,
-        "NUM_SAMPLES, EVAL_SAMPLES: from 2": min(NUM_SAMPLES, EVAL_SAMPLES) >= 2,
-        "NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE: from 1": (
-            min(NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE) >= 1
+        f"NUM_SAMPLES, EVAL_SAMPLES: from 2, shared by {processes} processes": all(
+            samples >= 2 and samples % processes == 0
+            for samples in (NUM_SAMPLES, EVAL_SAMPLES)
+        ),
+        "NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE: from 1": all(
+            n >= 1 for n in (NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE)
         ),
         "LR, TINY_LR, TOP_P, CLIP_EPS: above 0, at most 1": all(
             0 < value <= 1 for value in (LR, TINY_LR, TOP_P, CLIP_EPS)
         ),
         "TEMPERATURE: above 0": TEMPERATURE > 0,
         "KL_COEF, MAX_GRAD_NORM: from 0": KL_COEF >= 0 and MAX_GRAD_NORM >= 0,
-        "SAVE_DIR: a folder outside grpo_tiny/": not folder.is_file()
-        and not folder.resolve().is_relative_to(TINY_MODELS),
-        "CURVE_PATH: a .png file": curve.suffix == ".png",
-        "SAVE_DIR, CURVE_PATH: where files can be written": writable,
+        "SAVE_DIR: a folder outside grpo_tiny/ that can be written": writable
+        and not folder.is_relative_to(TINY_MODELS),
         "USE_WANDB: pip install wandb": not USE_WANDB or find_spec("wandb"),
+        "FSDP and DeepSpeed: the model is needed whole": "true" not in split,
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
@@ -566,42 +571,28 @@ def check_settings() -> None:
 
 
 def start_accelerator() -> Accelerator:
-    """Join the other processes, if this is one of several; say what is going to run."""
+    """Join the other processes, if this is one of several."""
     sys.stdout.reconfigure(errors="replace")  # no odd character may end a training
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) == signal.SIG_DFL:  # under `nohup` it is not
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C does
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("FSDP", "DEEPSPEED"):  # asked before Accelerate looks for DeepSpeed
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            sys.exit("FSDP and DeepSpeed split the model; this script needs it whole.")
-    try:
-        trackers = "wandb" if USE_WANDB else None
-        accelerator = Accelerator(
-            cpu=DEVICE == "cpu", mixed_precision=MIXED_PRECISION, log_with=trackers
-        )
-        accelerator.init_trackers("grpo_training")
-    except Exception as problem:  # for example, nobody is logged in
-        sys.exit(f"USE_WANDB: {problem}".split("\n")[0])
-    count = accelerator.num_processes
-    if NUM_SAMPLES % count or EVAL_SAMPLES % count:
-        sys.exit(f"NUM_SAMPLES and EVAL_SAMPLES cannot be shared by {count} processes.")
-    accelerator.print(
-        f"GRPO on {count} x {accelerator.device}, {NUM_STEPS} steps. The reward should "
-        "rise.\nThe loss is no sign of progress. The other figures: see `diagnose`."
+    trackers = "wandb" if USE_WANDB else None
+    accelerator = Accelerator(
+        cpu=DEVICE == "cpu", mixed_precision=MIXED_PRECISION, log_with=trackers
     )
+    accelerator.init_trackers("grpo_training")
     return accelerator
 
 
 def find_model(name: str) -> str | None:
-    """A model's folder, beside this script or in the cache, or its id on the Hub.
-
-    None if it is not here and the Hub does not answer within 5 seconds.
-    """
-    folder = HERE / Path(name).expanduser()
+    """The model's folder here or in the cache, or its id on the Hub; None: neither."""
+    folder, errors = HERE / Path(name).expanduser(), huggingface_hub.errors
     if folder.is_dir():
         return str(folder)
-    errors = huggingface_hub.errors
     try:
-        huggingface_hub.model_info(name, timeout=5)
+        huggingface_hub.model_info(name, timeout=5)  # seconds
     except (errors.HfHubHTTPError, errors.HFValidationError):
         pass  # from_pretrained will say what is wrong
     except Exception:  # there are many ways not to get there
@@ -611,16 +602,14 @@ def find_model(name: str) -> str | None:
 
 
 def load_model(kind: type, name: str) -> tuple[Model, Tokenizer]:
-    """A model in float32, and its tokenizer; one line if either is not complete.
-
-    transformers would fill missing weights with random numbers.
-    """
+    """A model in float32, and its tokenizer; one line if either is not complete."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         options = {"dtype": torch.float32, "output_loading_info": True}
         model, loading = kind.from_pretrained(name, **options)
     except (OSError, ValueError) as problem:
         sys.exit(f"{name} cannot be loaded: {str(problem).strip()}".split("\n")[0])
+    # transformers would fill what is missing with random numbers.
     if loading["missing_keys"] or len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
         missing = ", ".join(sorted(loading["missing_keys"])) or "its tokenizer"
         sys.exit(f"{name} is no complete {kind.__name__}, it lacks {missing}.")
@@ -632,11 +621,11 @@ def load_model(kind: type, name: str) -> tuple[Model, Tokenizer]:
     # eval() switches dropout off and nothing else; gradients flow as before. With
     # dropout we would train another network than the one that wrote: the probabilities
     # of the same tokens differ, in gpt2 by a factor of 0.87 to 1.09.
-    return model.eval(), tokenizer
+    return model.eval().to(DEVICE), tokenizer
 
 
-def load_models(accelerator: Accelerator) -> tuple[Model, Tokenizer, Callable, float]:
-    """The policy, its tokenizer, score(prompt, responses), and the learning rate."""
+def load_models() -> tuple[Model, Tokenizer, Model | None, Tokenizer | None]:
+    """Policy and reward model, each with its tokenizer; or both of grpo_tiny/."""
     names = [POLICY_MODEL_NAME, REWARD_MODEL_NAME][: 1 if REWARD_FUNCTION else 2]
     found = [find_model(name) for name in names]
     if None in found:
@@ -644,81 +633,42 @@ def load_models(accelerator: Accelerator) -> tuple[Model, Tokenizer, Callable, f
         line = f"{missing} is not here, and the Hugging Face Hub cannot be reached"
         if not FALL_BACK_TO_TINY or not DEFAULT_MODELS.issuperset(names):
             sys.exit(f"{line}: connect to the internet, or name a folder with a model.")
-        accelerator.print(f"{line}: falling back to the models in grpo_tiny/.")
+        PartialState().print(f"{line}: falling back to the models in grpo_tiny/.")
         found = [str(TINY_MODELS / "policy"), str(TINY_MODELS / "reward")]
     policy, tokenizer = load_model(transformers.AutoModelForCausalLM, found[0])
     longest = max(encode_prompt(tokenizer, prompt).shape[1] for prompt in PROMPTS)
     if longest + MAX_NEW_TOKENS > tokenizer.model_max_length:
         sys.exit(f"A prompt and MAX_NEW_TOKENS together are too long for {found[0]}.")
-    scorer = None, None
-    if REWARD_FUNCTION is None:
-        kind = transformers.AutoModelForSequenceClassification
-        scorer = load_model(kind, found[1])
-        if scorer[0].num_labels != 1:
-            sys.exit(f"{found[1]} has {scorer[0].num_labels} outputs, not 1 score.")
-        scorer[0].to(accelerator.device)
-
-    def score(prompt: str, responses: list[str]) -> torch.Tensor:
-        rewards = score_responses(*scorer, prompt, responses)
-        if rewards.shape != (len(responses),) or not rewards.isfinite().all():
-            sys.exit(f"Not a finite reward for each response: {rewards.tolist()}")
-        return rewards.to(accelerator.device)
-
-    lr = TINY_LR if Path(found[0]) == TINY_MODELS / "policy" else LR
-    return policy.to(accelerator.device), tokenizer, score, lr
+    if REWARD_FUNCTION is not None:
+        return policy, tokenizer, None, None
+    judge = load_model(transformers.AutoModelForSequenceClassification, found[1])
+    if judge[0].num_labels != 1:
+        sys.exit(f"{found[1]} has {judge[0].num_labels} outputs, not 1 score.")
+    return policy, tokenizer, *judge
 
 
-@contextlib.contextmanager
-def keep_unfinished_run(
-    policy: Model, tokenizer: Tokenizer, history: list
-) -> Iterator[list]:
-    """Whatever ends the lines inside early, the run so far is kept under another name.
+def save_run(policy: Model, tokenizer: Tokenizer, history: list, suffix: str) -> None:
+    """Write the model and the curve of its rewards into SAVE_DIR + `suffix`.
 
-    Ctrl-C, `kill` and a closed terminal only leave a mark in the list that this gives;
-    main() looks at it once a step.
-    """
-    stopped, numbers = [], [signal.SIGINT, signal.SIGTERM]
-    if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) == 0:
-        numbers.append(signal.SIGHUP)  # unless `nohup` has switched it off
-    before = [signal.signal(n, lambda *_: stopped.append(True)) for n in numbers]
-    try:
-        yield stopped
-    except BaseException:
-        save_run(policy, tokenizer, history, "_interrupted")
-        raise
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-def save_run(
-    policy: Model, tokenizer: Tokenizer, history: list, suffix: str = ""
-) -> None:
-    """Write model and curve, with `suffix` added to both names.
-
-    The model is written aside first. While its files move in, the folder has no
-    config.json: it loads as it should, or not at all. Other files there stay.
+    Written aside first. While the files move in there is no config.json, so the folder
+    loads as it should, or not at all. Other files there stay.
     """
     if not PartialState().is_main_process:
         return
-    folder, curve = HERE / SAVE_DIR, HERE / CURVE_PATH
-    folder = folder.with_name(folder.name + suffix)
-    curve = curve.with_stem(curve.stem + suffix)
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no Ctrl-C while saving
+    folder = HERE / (SAVE_DIR + suffix)
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as aside:
         policy.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        # What an older model in this folder would add to the new one, config first.
-        stale = "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"
-        for name in ("config.json", *stale):
+        if history:
+            draw_learning_curve(history, Path(aside, "learning_curve.png"))
+        for name in ("config.json", "chat_template.jinja"):  # of an older model
             (folder / name).unlink(missing_ok=True)
-        for file in sorted(
-            Path(aside).iterdir(), key=lambda x: x.name == "config.json"
-        ):
-            os.replace(file, folder / file.name)
-    if history:
-        draw_learning_curve(history, curve)
-    print(f"\nWritten: {folder.name}/ and {curve.name}. To use the model, in Python:")
+        for name in sorted(os.listdir(aside), key="config.json".__eq__):
+            os.replace(Path(aside, name), folder / name)
+    signal.signal(signal.SIGINT, heard)
+    print(f"\nWritten: {folder.name}/, with learning_curve.png. To use the model:")
     print(f"  transformers.pipeline('text-generation', {str(folder)!r})(a prompt)")
 
 
@@ -738,29 +688,12 @@ def draw_learning_curve(history: list[torch.Tensor], path: Path) -> None:
 
 def print_step(step: int, texts: list, rewards: torch.Tensor, figures: dict) -> None:
     """Print the figures of one step, then its responses from best to worst."""
-    loss = round(figures.get("loss", 0.0), 4) + 0.0  # turns -0.0 into 0.0
-    spread = f"std {rewards.std():.3f}, max {rewards.max():+.3f}"
-    line = "  Skipped: all rewards are equal, there is nothing to learn from."
-    if "loss" in figures:
-        kl = f"{figures['kl']:.4f}" if KL_COEF > 0 else "off"
-        line = (
-            f"  KL: {kl} | Entropy: {figures['entropy']:.3f} | "
-            f"Clipped: {figures['clipped']:.1%} | Length: {figures['length']:.1f}, "
-            f"cut off: {figures['cut_off']:.0%} | Gradient: {figures['gradient']:.2f}"
-        )
-    tqdm.write(
-        f"\nStep {step} | Loss: {loss:.4f} | Reward: {rewards.mean():+.3f} ({spread}) "
-        f"| {figures['seconds']:.1f} s\n{line}"
-    )
+    mean, std, best = rewards.mean(), rewards.std(), rewards.max()
+    tqdm.write(f"\nStep {step} | Reward {mean:+.3f} (std {std:.3f}, max {best:+.3f})")
+    shown = [f"{name} {round(value, 4) + 0.0:.3g}" for name, value in figures.items()]
+    tqdm.write(f"  {' | '.join(shown) or 'Skipped: all rewards are equal.'}")
     for i in rewards.argsort(descending=True).tolist():
         tqdm.write(f"  [{rewards[i]:+.2f}] {' '.join(texts[i].split())}")
-
-
-def print_gain(before: torch.Tensor, after: torch.Tensor) -> None:
-    """Print mean and std of the rewards before training and after it."""
-    print(f"\nReward of {EVAL_SAMPLES} fresh responses to each prompt: mean (std)")
-    for name, rewards in [("before", before), ("after", after)]:
-        print(f"  {name:8}{rewards.mean():+7.3f} ({rewards.std():.3f})")
 
 
 if __name__ == "__main__":

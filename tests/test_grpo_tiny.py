@@ -434,7 +434,6 @@ def no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(lesson, "NUM_STEPS", 2)
     monkeypatch.setattr(lesson, "EVAL_SAMPLES", 4)
     monkeypatch.setattr(lesson, "SAVE_DIR", str(tmp_path / "trained_model"))
-    monkeypatch.setattr(lesson, "CURVE_PATH", tmp_path / "curve.png")
     return tmp_path
 
 
@@ -481,7 +480,7 @@ def test_without_a_hub_the_script_says_so_and_goes_on_with_the_pair(tmp_path):
     assert len(said) == 1 and said[0][1] < 10
     assert "gpt2" in said[0][0] and "Hub" in said[0][0]
     assert (tmp_path / "trained_model" / "model.safetensors").exists()
-    assert (tmp_path / "grpo_learning_curve.png").exists()
+    assert (tmp_path / "trained_model" / "learning_curve.png").exists()
 
 
 def test_the_fallback_can_be_switched_off(no_hub, monkeypatch):

@@ -37,6 +37,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -177,11 +178,12 @@ def peak_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def run_lesson(**settings):
+def run_lesson(curve=None, **settings):
     """The lesson's main() with these Settings: its steps, and the rewards at both ends.
 
-    A step is a dict: texts, rewards, the printed figures, the seconds of `writing`, and
-    the peak memory so far. `before` and `after` are lists of held-out rewards.
+    A step is a dict: texts, rewards, the printed figures, its `seconds`, those of them
+    spent on `writing`, and the peak memory so far. `before` and `after` are lists of
+    held-out rewards.
     """
     sys.path.insert(0, str(ROOT))
     import torch
@@ -190,28 +192,35 @@ def run_lesson(**settings):
 
     torch.set_num_threads(1)
     steps, held_out, writing = [], [], []
-    write, show = lesson.generate_group, lesson.print_step
+    write, show, measure = lesson.generate_group, lesson.print_step, lesson.evaluate
 
     def timed(*arguments):
         started = time.time()
         ids = write(*arguments)
-        writing.append(time.time() - started)
+        writing[:] = started, time.time() - started
         return ids
 
     def record(step, texts, rewards, figures):
-        show(step, texts, rewards, figures)
+        started, spent = writing  # a step begins with writing and ends here
         found = {"texts": texts, "rewards": rewards.tolist()} | figures
-        steps.append(found | {"writing": writing[-1], "peak_gb": peak_gb()})
+        found |= {"seconds": time.time() - started, "writing": spent}
+        steps.append(found | {"peak_gb": peak_gb()})
+        show(step, texts, rewards, figures)
+
+    def measured(*arguments):
+        rewards = measure(*arguments)
+        held_out.append(rewards.tolist())
+        return rewards
 
     lesson.generate_group, lesson.print_step = timed, record
-    lesson.print_gain = lambda *rewards: held_out.extend(x.tolist() for x in rewards)
+    lesson.evaluate = measured
     with tempfile.TemporaryDirectory() as folder:
-        files = {"SAVE_DIR": "trained_model", "CURVE_PATH": "grpo_learning_curve.png"}
-        files = {name: Path(folder, file) for name, file in files.items()}
-        for name, value in (files | settings).items():
+        for name, value in ({"SAVE_DIR": f"{folder}/trained_model"} | settings).items():
             assert hasattr(lesson, name), f"{name} is no Setting"
             setattr(lesson, name, value)
         lesson.main()
+        if curve is not None:
+            shutil.move(f"{lesson.SAVE_DIR}/learning_curve.png", curve)
     before, after = held_out
     return steps, before, after
 
@@ -431,12 +440,11 @@ def benefits_named(prompt, responses):
 def train(model, *edits):
     """The lesson itself, but for the model, the reward and `edits`."""
     settings = {"POLICY_MODEL_NAME": model, "REWARD_FUNCTION": benefits_named}
-    if not edits:
-        settings["CURVE_PATH"] = ROOT / "assets" / "grpo_learning_curve.png"
+    curve = None if edits else ROOT / "assets" / "grpo_learning_curve.png"
     for name, value in (edit.split("=") for edit in edits):  # such as NUM_SAMPLES=2
         settings[name] = ast.literal_eval(value)
     started = time.time()
-    steps, before, after = run_lesson(**settings)
+    steps, before, after = run_lesson(curve, **settings)
     run = {
         "machine": machine(),
         "policy": Path(model).name,

@@ -103,7 +103,6 @@ def run(seed, *edits):
         setattr(lesson, name, ast.literal_eval(value))
     with tempfile.TemporaryDirectory() as folder:
         lesson.SAVE_DIR = f"{folder}/trained_model"
-        lesson.CURVE_PATH = Path(folder) / "grpo_learning_curve.png"
         started = time.process_time()  # of this process, whatever else is running
         lesson.main()
         seconds = time.process_time() - started
