@@ -650,8 +650,7 @@ def load_models() -> tuple[Model, Tokenizer, Model | None, Tokenizer | None]:
 def save_run(policy: Model, tokenizer: Tokenizer, history: list, suffix: str) -> None:
     """Write the model and the curve of its rewards into SAVE_DIR + `suffix`.
 
-    Written aside first. While the files move in there is no config.json, so the folder
-    loads as it should, or not at all. Other files there stay.
+    Written aside, then moved, config.json last: the folder loads whole or not at all.
     """
     if not PartialState().is_main_process:
         return
