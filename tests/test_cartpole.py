@@ -1,7 +1,9 @@
 """Tests of lesson 1: train_cartpole.py and cartpoleinference.py."""
 
+import copy
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -307,6 +309,89 @@ def test_training_from_scratch_solves_cartpole_and_the_eval_script_loads_it(
     assert held_out.mean() >= 490
     before = lesson.evaluate(lesson.PolicyNetwork(), 100, 2_000_000, greedy=True)
     assert before.mean() < 100
+
+
+def test_logits_of_either_sign_come_out_and_every_weight_gets_a_gradient():
+    torch.manual_seed(0)
+    policy = lesson.PolicyNetwork(8)
+    logits = policy(10 * torch.randn(100, 4))
+    assert logits.min() < -0.5 and logits.max() > 0.5
+    logits[:, 0].sum().backward()
+    first, _, last = policy.layers
+    assert (first.weight.grad != 0).all() and (last.weight.grad[0] != 0).all()
+
+
+def test_an_observation_s_logits_do_not_depend_on_the_others_in_the_batch():
+    torch.manual_seed(0)
+    policy, observations = lesson.PolicyNetwork(8), torch.randn(5, 4)
+    together = policy(observations).softmax(1)
+    alone = [policy(observation[None]).softmax(1)[0] for observation in observations]
+    assert torch.allclose(together, torch.stack(alone))
+
+
+@pytest.fixture
+def three_updates(in_folder, monkeypatch):
+    """What three updates of main() played, from which seeds, and their gradients."""
+    seen = {"played": [], "seeds": [], "gradients": []}
+    play, step = lesson.play_episodes, torch.optim.Adam.step
+
+    def spy_play(env, policy, seed, greedy=False):
+        played = play(env, policy, seed, greedy)
+        if env.num_envs == 4:  # not an evaluation
+            seen["played"].append((copy.deepcopy(policy), *played))
+            seen["seeds"].append(seed)
+        return played
+
+    def spy_step(optimizer):
+        weights = optimizer.param_groups[0]["params"]
+        seen["gradients"].append([weight.grad.clone() for weight in weights])
+        return step(optimizer)
+
+    monkeypatch.setattr(lesson, "play_episodes", spy_play)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
+    for name, value in [("EPISODES_PER_UPDATE", 4), ("MAX_EPISODES", 12)]:
+        monkeypatch.setattr(lesson, name, value)
+    with pytest.raises(SystemExit):
+        lesson.main()
+    return seen
+
+
+def test_the_update_is_that_of_the_actions_taken_and_of_their_own_returns(
+    three_updates,
+):
+    assert len(three_updates["gradients"]) == 3
+    for played, got in zip(
+        three_updates["played"], three_updates["gradients"], strict=True
+    ):
+        policy, observations, actions, _, alive = played
+        returns, log_probs = [], []
+        for n in range(4):
+            length = int(alive[:, n].sum())
+            for t in range(length):
+                # Every step brings a reward of 1.
+                returns.append(sum(lesson.GAMMA**k for k in range(length - t)))
+                logits = policy(observations[t, n][None])[0]
+                log_probs.append(logits.log_softmax(0)[actions[t, n]])
+        advantages = torch.tensor(returns) - sum(returns) / len(returns)
+        loss = -(advantages * torch.stack(log_probs)).mean()
+        plain = torch.autograd.grad(loss, list(policy.parameters()))
+        for one, other in zip(got, plain, strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_only_the_first_episodes_start_from_the_seed(three_updates):
+    assert three_updates["seeds"] == [lesson.SEED, None, None]
+
+
+def test_the_final_score_is_that_of_greedy_play(in_folder, monkeypatch, capsys):
+    monkeypatch.setattr(lesson, "MAX_EPISODES", 160)
+    with pytest.raises(SystemExit):
+        lesson.main()
+    printed = re.search(r"played greedily: ([\d.]+)", capsys.readouterr().out)[1]
+    policy = lesson.load_policy(in_folder / "w_unsolved.pth")
+    for greedy in (True, False):
+        score = lesson.evaluate(policy, 100, lesson.HELD_OUT_SEED, greedy).mean()
+        assert (abs(score - float(printed)) < 0.06) == greedy
 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(in_folder, monkeypatch):

@@ -281,6 +281,32 @@ def test_the_gradient_of_the_whole_loss_equals_a_plain_rewriting(flown, monkeypa
         assert torch.allclose(one, other, atol=1e-6)
 
 
+def test_the_batch_holds_normalised_advantages_and_returns_that_are_not(flown):
+    agent, rollout, batch = flown
+    rewards = rollout["rewards"] * 0.01
+    values = agent.critic(rollout["observations"].flatten(0, 1)).view(5, 3)
+    next_values = agent.critic(rollout["next_observations"].flatten(0, 1)).view(5, 3)
+    ends = rollout["terminated"], rollout["ended"]
+    plain = lesson.gae(rewards, values, next_values, *ends, 0.99, 0.95).flatten()
+    assert torch.allclose(batch["returns"], plain + values.flatten(), atol=1e-6)
+    scaled = (plain - plain.mean()) / plain.std(correction=0)
+    assert torch.allclose(batch["advantages"], scaled, rtol=0.02)
+
+
+def test_each_epoch_takes_every_row_once_in_another_order(flown, monkeypatch):
+    agent, _, batch = flown
+    change(monkeypatch, EPOCHS=3, MINIBATCH_SIZE=5)
+    batch["values"] = torch.arange(15.0)  # a number for each row
+    rows, loss = [], lesson.ppo_loss
+    monkeypatch.setattr(
+        lesson, "ppo_loss", lambda a, b: rows.extend(b["values"].tolist()) or loss(a, b)
+    )
+    lesson.learn(agent, torch.optim.SGD(agent.parameters(), 0.0), batch)
+    epochs = [rows[:15], rows[15:30], rows[30:]]
+    assert all(sorted(epoch) == list(range(15)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, range(15)]}) == 4
+
+
 def test_a_long_gradient_is_shortened_to_the_limit(flown, monkeypatch):
     agent, _, batch = flown
     before = torch.cat([p.detach().flatten().clone() for p in agent.parameters()])

@@ -1,5 +1,6 @@
 """Tests of lesson 2: tictactoe_env.py, tictactoe_actorcritic.py, tictactoe_eval.py."""
 
+import copy
 import io
 import itertools
 import os
@@ -487,6 +488,44 @@ def test_both_shares_reach_adam_and_the_loss(in_folder, monkeypatch):
         lesson.main()
     expected = [x * share for share in (1, 0.75, 0.5, 0.25) for x in (0.25, 0.01)]
     assert seen == pytest.approx(expected)
+
+
+def test_the_update_uses_masked_probabilities_and_each_part_of_the_loss(
+    in_folder, monkeypatch
+):
+    made, games, gradients = [], [], []
+    play, make = lesson.play_games, lesson.CriticNetwork
+    monkeypatch.setattr(
+        lesson,
+        "CriticNetwork",
+        lambda *units: made.append(make(*units)) or copy.deepcopy(made[0]),
+    )
+
+    def spy_play(env, learner, *others):
+        games.append((copy.deepcopy(learner), *play(env, learner, *others)))
+        return games[-1][1:]
+
+    def spy_step(optimizer):
+        gradients.extend(weight.grad for weight in optimizer.param_groups[0]["params"])
+
+    monkeypatch.setattr(lesson, "play_games", spy_play)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
+    shorten(monkeypatch, NUM_UPDATES=1, MAX_UPDATES=1, GAMES_PER_UPDATE=8)
+    with pytest.raises(SystemExit):
+        lesson.main()
+    actor, boards, masks, actions, moved, results = games[0]
+    critic, terms = made[0], []
+    for t, n in moved.nonzero().tolist():
+        logits, legal = actor(boards[t, n][None])[0], masks[t, n].nonzero()[:, 0]
+        probs = dict(zip(legal.tolist(), logits[legal].softmax(0), strict=True))
+        advantage = results[n] - critic(boards[t, n][None])[0]
+        entropy = -sum(p * p.log() for p in probs.values())
+        policy = -advantage.detach() * probs[actions[t, n].item()].log()
+        terms.append(policy - lesson.ENTROPY_BONUS * entropy + advantage**2)
+    weights = [*actor.parameters(), *critic.parameters()]
+    plain = torch.autograd.grad(sum(terms) / len(terms), weights)
+    for one, other in zip(gradients, plain, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------
