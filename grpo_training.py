@@ -40,7 +40,7 @@ Run it, and what you should see
         Step 25 | Reward +0.958 (std 2.099, max +2.875)
         Step 49 | Reward +2.138 (std 0.925, max +2.930)
           loss 0 | KL 0 | entropy 0.892 | clipped 0 | length 43.4 | cut off 0.125 | ...
-    Fresh responses: -0.748 before, +1.635 after. What goes wrong: README.md, Debugging.
+    Fresh responses: -0.748 before, +1.635 after. What goes wrong: tests/bugs/README.md.
 
 Try this (bundled models, seeds 0-2; as it is, the median gain in reward is 2.4)
     * NUM_SAMPLES = 2: 0.2. Of two responses, one always gets 0.71 and the other -0.71.

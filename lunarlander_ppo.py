@@ -44,7 +44,7 @@ Run it, and what you should see
     Seeds 0-9, 100 held-out greedy episodes each: 278.9 on average, 276.3 for the worst
     seed; 99.5 % score 200 or more. Seed 0 is shipped. Single episodes have a std of
     about 20, so a mean of 100 is known to 20 / sqrt(100) = 2. Healthy values of the
-    columns: see `diagnose`. What goes wrong, and how it looks: README.md, Debugging.
+    columns: see `diagnose`. What goes wrong, and how it looks: tests/bugs/.
 
 To change the task
     Edit ENV_ID and OBSERVATION_SIZE, ACTIONS (how many numbers, how many actions), and

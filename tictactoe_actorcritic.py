@@ -43,7 +43,7 @@ Run it, and what you should see
             95.8      84.6         6        81       50           1.431   -0.0900
             98.7      91.5         0         2      200           0.985   -0.0784
             99.0      91.6         0         0      800           0.582    0.0114
-    What goes wrong, and how it looks: README.md, Debugging.
+    What goes wrong, and how it looks: tests/bugs/.
 
 Try this (medians of seeds 0-2)
     * ENTROPY_BONUS = 0.0: 143 lines of play are lost after 1,600 updates.

@@ -43,7 +43,7 @@ Run it, and what you should see
            274.8       240           0.526   -0.2052
         -- 475 after 320 episodes, perfect = True
     Entropy is how undecided the policy is: ln 2 = 0.69 nats (the unit of ln) for a coin
-    flip, 0 if certain. What goes wrong, and how it looks: README.md, Debugging.
+    flip, 0 if certain. What goes wrong, and how it looks: tests/bugs/.
 
 Try this (seeds 0-2, with MAX_EPISODES = 1_500; medians)
     * EPISODES_PER_UPDATE = 1, LEARNING_RATE = 0.01: perfect after 376, but in 34 s.

@@ -1,0 +1,203 @@
+"""Change the equations of the lessons, one operator at a time: does a test notice?
+
+    python tests/bugs/mutations.py            all four lessons, about half an hour
+    python tests/bugs/mutations.py cartpole   those whose test file has this in its name
+
+Every function under "The equations" is changed in one place: + to -, * to /, < to <=,
+max to min, mean to sum, a sign dropped, a constant or an index plus one, a call such as
+.detach() or .clamp() left out. A change is killed if a test of its lesson fails. Needs
+os.fork (Linux, macOS): the libraries are imported once, each mutant runs in a fork.
+"""
+
+import ast
+import copy
+import json
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import museum
+from catalogue import CARTPOLE, GRPO, LANDER, TICTACTOE
+
+RESULTS = museum.HERE / "results" / "mutations.json"
+TESTS = {
+    CARTPOLE: "test_cartpole.py",
+    TICTACTOE: "test_tictactoe.py",
+    LANDER: "test_lunarlander.py",
+    GRPO: "test_grpo.py",
+}
+LIMIT = 300  # seconds; a mutant that never ends is killed
+
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
+OPERATORS |= {ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr}
+COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+COMPARISONS |= {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot}
+COMPARISONS |= {ast.IsNot: ast.Is}
+NAMES = {"max": "min", "min": "max", "mean": "sum", "sum": "mean"}
+LEFT_OUT = {"detach", "masked_fill", "clamp", "float", "abs", "exp", "reversed"}
+
+# Why a survivor survives, by its change. What is not named here has no excuse.
+BECAUSE: dict[str, str] = {}
+
+
+class Mutate(ast.NodeTransformer):
+    """Changes the place of the given number; `change` then says what it did."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.seen, self.change = number, -1, None
+
+    def here(self) -> bool:
+        """Is this the place?"""
+        self.seen += 1
+        return self.seen == self.number
+
+    def replaced(self, old: ast.AST, new: ast.AST) -> ast.AST:
+        """Note the change."""
+        self.change = f"`{ast.unparse(old)}` to `{ast.unparse(new)}`"
+        return ast.copy_location(new, old)
+
+    def visit_BinOp(self, node):  # noqa: N802, the names are ast's
+        self.generic_visit(node)
+        if type(node.op) in OPERATORS and self.here():
+            new = copy.deepcopy(node)
+            new.op = OPERATORS[type(node.op)]()
+            return self.replaced(node, new)
+        return node
+
+    def visit_Compare(self, node):  # noqa: N802
+        self.generic_visit(node)
+        if type(node.ops[0]) in COMPARISONS and self.here():
+            new = copy.deepcopy(node)
+            new.ops[0] = COMPARISONS[type(node.ops[0])]()
+            return self.replaced(node, new)
+        return node
+
+    def visit_UnaryOp(self, node):  # noqa: N802
+        self.generic_visit(node)
+        if isinstance(node.op, ast.USub | ast.Not) and self.here():
+            return self.replaced(node, node.operand)
+        return node
+
+    def visit_Constant(self, node):  # noqa: N802
+        if isinstance(node.value, bool):
+            if self.here():
+                return self.replaced(node, ast.Constant(not node.value))
+        elif isinstance(node.value, int | float) and self.here():
+            return self.replaced(node, ast.Constant(node.value + 1))
+        return node
+
+    def visit_Call(self, node):  # noqa: N802
+        self.generic_visit(node)
+        function = node.func
+        if isinstance(function, ast.Attribute):
+            if function.attr in NAMES and self.here():
+                new = copy.deepcopy(node)
+                new.func.attr = NAMES[function.attr]
+                return self.replaced(node, new)
+            if function.attr in LEFT_OUT and self.here():
+                return self.replaced(node, function.value)
+        if isinstance(function, ast.Name) and function.id in LEFT_OUT and self.here():
+            return self.replaced(node, node.args[0])
+        return node
+
+
+def equations(script: str) -> list[str]:
+    """The names of the functions under "The equations"."""
+    page = (museum.ROOT / script).read_text()
+    lines = page.splitlines()
+    banners = [i for i, line in enumerate(lines, 1) if line.startswith("# ---")]
+    first = lines.index("# The equations") + 1
+    last = [i for i in banners if i > first + 1][0]
+    return [
+        node.name
+        for node in ast.parse(page).body
+        if isinstance(node, ast.FunctionDef) and first < node.lineno < last
+    ]
+
+
+def mutants(script: str) -> list[tuple[str, str, str]]:
+    """Each change of a script: function, what was changed, the text of the script."""
+    tree = ast.parse((museum.ROOT / script).read_text())
+    found = []
+    for name in equations(script):
+        for number in range(1_000):
+            changed, mutate = copy.deepcopy(tree), Mutate(number)
+            for node in changed.body:
+                if isinstance(node, ast.FunctionDef) and node.name == name:
+                    # The docstring, types and default values are left alone.
+                    node.body[1:] = [mutate.visit(line) for line in node.body[1:]]
+            if mutate.change is None:
+                break
+            text = ast.unparse(ast.fix_missing_locations(changed))
+            found.append((name, mutate.change, text))
+    return found
+
+
+def survives(folder: Path, test: str) -> bool:
+    """Do all tests of the file pass? In a fork, which has the libraries already."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(LIMIT)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+        os.chdir(folder)
+        sys.dont_write_bytecode = True
+        import pytest
+
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder)]
+        os._exit(int(pytest.main([*options, f"tests/{test}"])))
+    return os.waitpid(child, 0)[1] == 0
+
+
+def main() -> None:
+    """Try every mutant of the lessons that are asked for; keep what survives."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"scripts": {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        museum.copy_of_repository(folder)
+        sys.path[:0] = [name, f"{name}/tests"]
+        import_libraries()
+        for script, test in TESTS.items():
+            if word not in test:
+                continue
+            found, alive = mutants(script), []
+            assert survives(folder, test), f"{test} fails without a change"
+            for function, change, text in found:
+                (folder / script).write_text(text)
+                if survives(folder, test):
+                    because = BECAUSE.get(change, "Not explained.")
+                    alive.append(
+                        {"function": function, "change": change, "because": because}
+                    )
+                    print(f"survives: {script} {function}: {change}", flush=True)
+            (folder / script).write_text((museum.ROOT / script).read_text())
+            killed = len(found) - len(alive)
+            print(f"{script}: {killed} of {len(found)} killed", flush=True)
+            kept["scripts"][script] = {
+                "mutants": len(found),
+                "killed": killed,
+                "survivors": alive,
+            }
+            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def import_libraries() -> None:
+    """What every test imports, once for all forks; the lessons are not among it."""
+    import accelerate  # noqa: F401
+    import gymnasium  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import pygame  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    main()
