@@ -52,6 +52,7 @@ To change the task
     "CartPole-v1" with 4, 2 scores 500 (seeds 0, 1), "Acrobot-v1" with 6, 3 -72 (both).
 
 Try this (seed 0; a run that ends above 200 replaces the shipped weights)
+    * TOTAL_STEPS = 400_000: half the wait; seeds 0-9 score 263.1, the worst one 248.3.
     * EPOCHS = 20, TOTAL_STEPS = 160_000: each step is used five times as often; 262.7.
     * MINIBATCH_SIZE = 4_096, TOTAL_STEPS = 400_000: one gradient step an epoch; -48.5:
       it lands, but then fires its engines on the ground until the time is up.

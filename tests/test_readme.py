@@ -102,6 +102,8 @@ FIGURES = {
         "land: <mean of the seeds|g> on average, at least <worst seed|.1f>",
         "| <median seconds|.0f> seconds | `lunarlander_ppo.py`",
         "<share of all episodes >= 200|.1%> of all episodes",
+        "a mean of <mean of 10 seeds, 400,000 steps|.1f> (the worst seed "
+        "<worst of 10 seeds, 400,000 steps|.1f>)",
     ],
     "grpo": [
         "in <random gpt2-small: time / TRL, all 8 at once|g> of its time",
@@ -180,6 +182,9 @@ def copy_of_repository(tmp_path_factory):
         shutil.copy(weights, folder)
     for part in ("policy", "reward"):
         shutil.copytree(ROOT / "grpo_tiny" / part, folder / "grpo_tiny" / part)
+    shutil.copytree(ROOT / "tests" / "bugs", folder / "tests" / "bugs")
+    for file in (ROOT / "tests").glob("test_*.py"):
+        shutil.copy(file, folder / "tests")
     return folder
 
 

@@ -278,7 +278,7 @@ BUGS = [
         ],
         "why": "The evaluation reuses the function that collects, and its default.",
         "source": "SB3#1063, stable-baselines#832",
-        "reported": "hidden",
+        "reported": "report wrong",
         "test": "test_the_final_score_is_that_of_greedy_play",
     },
     # --------------------------------------------------------------------------------

@@ -229,7 +229,8 @@ def read_cartpole(module, healthy, kept, out, settings) -> dict:
     first = module.PolicyNetwork(healthy.HIDDEN_UNITS).state_dict()
     return (
         curve(list(range(1, len(scores) + 1)), scores, 50)
-        | {"end": statistics.fmean(scores[-100:]), "budget used": len(scores)}
+        | {"start": statistics.fmean(scores[:32]), "budget used": len(scores)}
+        | {"end": statistics.fmean(scores[-100:])}
         | entropies([row[2] for row in rows])
         | {name: score.mean().item() for name, score in held_out.items()}
         | {"printed score": float(printed[1]) if printed else float("nan")}

@@ -111,8 +111,8 @@ Only then look at curves, and change one thing at a time.
 
 ## What you see, and which bug it may be
 
-Lessons: C cartpole, T tictactoe, L lander, G grpo. A bug is listed where more than half
-of its seeds show the symptom.
+A bug is listed where more than half of its seeds show the symptom, compared with the
+healthy runs of the same lesson.
 
 """
 
