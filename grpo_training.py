@@ -5,13 +5,13 @@ What you will learn
     was taught to predict text is taught to write what a second model rates highly.
 
 The algorithm in 6 steps
-    1. Start from a pretrained language model, the policy. Its state is the text so far,
-       its action the next token: a word or a piece of one.
-    2. Let it write a group of responses to one prompt, drawing every token at random.
+    1. Start from a pretrained language model, the policy pi. It gives each token (a
+       word or a piece of one) a probability of coming next after the text so far.
+    2. Draw a group of responses to one prompt, token by token, with its probabilities.
     3. Score each response with the reward model, a network trained beforehand on which
-       texts people prefer. The reward is one number for the whole text.
+       texts people prefer (the bundled one: on made-up pairs). One number for a text.
     4. Compare within the group: a response's advantage is how far its reward is above
-       the group's mean, in standard deviations (std). PPO trains a critic for that.
+       the group's mean, in standard deviations (std). Lesson 3 has a critic for that.
     5. Take a gradient step: make every token of the better responses likelier and every
        token of the worse ones rarer. Go back to 2.
     6. Compare fresh responses from before and after, and save the model.
@@ -21,29 +21,30 @@ Symbols (G responses, L tokens in the longest, P in the prompt, V in the vocabul
     o_i, o_it   completion_ids  (G, L)  response i, and its token t
     m_it        mask            (G, L)  1 up to the end of the response, 0 after it
     r_i, A_i    rewards, advantages (G,)  one for all the tokens of response i
-    ln pi       log_probs       (G, L)  of each token, under the policy as it is now
-    ln pi_old   old_log_probs   (G, L)  ... under the policy that wrote the responses
-    ln pi_ref   ref_log_probs   (G, L)  ... under a frozen copy of the first policy
-    rho_it      ratio           (G, L)  pi / pi_old
+    ln pi       log_probs       (G, L)  of each token, by the policy as it is now
+    ln pi_old   old_log_probs   (G, L)  ... by the policy that wrote the responses
+    ln pi_ref   ref_log_probs   (G, L)  ... by a frozen copy of the first policy
+    rho_it      ratio           (G, L)  pi / pi_old: how much likelier a token became
     eps, beta   CLIP_EPS, KL_COEF (KL: how far two policies differ, 0 if not at all)
 
 Where this differs from the paper, and why
     Shao et al. 2024 (DeepSeekMath, arXiv 2402.03300), section 4, take 1,024 responses a
-    step, 64 to a prompt, LR 1e-6 and KL_COEF 0.04. Here it is one prompt a step, no KL,
-    which saves a second copy of the model, and a larger LR for only 50 steps.
+    step, 64 to a prompt, LR 1e-6 and KL_COEF 0.04. Here: one prompt a step; a larger
+    LR, as there are only 50 steps; no KL, which saves a second copy of the model.
 
 Run it, and what you should see
-    python grpo_training.py      README.md has the manual; without access to the Hugging
-    Face Hub it falls back to small models in grpo_tiny/ (25 seconds on a CPU, seed 0):
+    python grpo_training.py      fetches 2.3 GB from the Hugging Face Hub and takes 20 s
+    a step on a CPU core. Offline, or with "grpo_tiny/policy" and "grpo_tiny/reward" as
+    the model names below, it runs small models: 25 s in all. Seed 0 of these:
         Step 0 | Reward -1.175 (std 1.633, max +2.764)
           loss 0 | KL 0 | entropy 1.12 | clipped 0 | length 60.6 | cut off 0.75 | ...
-        Step 25 | Reward +0.958 (std 2.099, max +2.875)
         Step 49 | Reward +2.138 (std 0.925, max +2.930)
           loss 0 | KL 0 | entropy 0.892 | clipped 0 | length 43.4 | cut off 0.125 | ...
-    Fresh responses: -0.748 before, +1.635 after. What goes wrong: tests/bugs/README.md.
+    Fresh responses: -0.748 before, +1.635 after. Loss 0 is right: see grpo_step. The
+    manual is in README.md; what goes wrong, and how it looks: tests/bugs/README.md.
 
 Try this (bundled models, seeds 0-2; as it is, the median gain in reward is 2.4)
-    * NUM_SAMPLES = 2: 0.2. Of two responses, one always gets 0.71 and the other -0.71.
+    * NUM_SAMPLES = 2: 0.2. A quarter of the data, and advantages always near +-0.71.
     * INNER_STEPS = 4: 4.2, but the texts become gibberish that the reward model likes.
     * KL_COEF = 0.4: 1.8. It stays nearer to where it started.
 """
@@ -75,36 +76,37 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICY_MODEL_NAME = "gpt2"  # or gpt2-medium, gpt2-large, EleutherAI/gpt-neo-125M,
 #                             EleutherAI/pythia-410m, facebook/opt-350m
 REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"  # or ...-v3-base
-REWARD_FUNCTION = None  # or, in place of this line, def REWARD_FUNCTION(prompt,
-#   responses), which returns a number for each response: a rule of your own, or a model
-#   that compares two responses instead of scoring one (reciprocate/pairrm-hf)
-FALL_BACK_TO_TINY = True  # no access to the Hub, both names as above: use grpo_tiny/
+REWARD_FUNCTION = None  # or put def REWARD_FUNCTION(prompt, responses) in this line's
+#   place: it returns a number for each response, by a rule of your own or by a model
+#   that compares responses instead of scoring them (reciprocate/pairrm-hf)
+FALL_BACK_TO_TINY = True  # Hub out of reach and both names as above: use grpo_tiny/
 PROMPTS = ["Explain why regular exercise is important."]  # several are taken in turn
 USE_CHAT_TEMPLATE = True  # a chat model gets the prompt in the format it was trained on
 SEED = 0  # same seed, machine and versions: the same responses
 
 # Budget
-NUM_STEPS = 50  # groups, one update each
-NUM_SAMPLES = 8  # G, responses in a group, from 2; more: a steadier gradient, slower
+NUM_STEPS = 50  # groups, each used for INNER_STEPS gradient steps
+NUM_SAMPLES = 8  # G, responses in a group, 2 or more; more: steadier gradient, slower
 MAX_NEW_TOKENS = 64  # longer responses are cut off; few: half sentences; many: slow
 EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the gain
 
 # Algorithm
-LR = 1e-5  # size of AdamW's step; too big: gibberish, too small: 50 updates do nothing
-TINY_LR = 1.3e-5  # the same for the policy in grpo_tiny/
-TEMPERATURE = 1.0  # divides the logits (the model's scores of the tokens), in writing
-#                    and in training; too high: gibberish; too low: all responses alike
-TOP_P = 0.95  # write with the likeliest tokens that together hold 95 %; at 1.0, odd
-#               words. The loss ignores this cut, so the gradient is slightly off
-CLIP_EPS = 0.2  # a token is pushed no further once its probability changed by 20 %; too
-#                 small: later inner steps do nothing, too big: nothing holds them back
-INNER_STEPS = 1  # gradient steps from one group; more: faster, and sooner too far. With
-#                  1 the clip never acts: see grpo_step
+LR = 1e-5  # about how far AdamW, the optimizer, moves each weight in a step; too big:
+#            gibberish, too small: 50 steps do nothing
+TINY_LR = 1.3e-5  # takes the place of LR for the policy in grpo_tiny/
+TEMPERATURE = 1.0  # divides the logits (the model's scores of the tokens) when writing
+#                    and when training; high: gibberish; low: all responses alike
+TOP_P = 0.95  # write with the likeliest tokens whose probabilities add up to 95 %; 1.0:
+#               odd words. The loss ignores this cut, so the gradient is slightly off
+CLIP_EPS = 0.2  # a token is pushed no further once its probability has changed by 20 %;
+#                 too small: later inner steps do nothing; too big: nothing brakes them
+INNER_STEPS = 1  # gradient steps from one group; more: learns faster, but turns to
+#                  gibberish sooner. With 1 the clip never acts: see grpo_step
 KL_COEF = 0.0  # beta, the pull back to the first policy; above 0: slower, more memory
 SCALE_BY_STD = True  # divide advantages by the group's std; False: groups with nearly
-#                      equal rewards count less
-MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this; small: all groups count
-#                      alike; big: one odd group may throw the policy off
+#                      equal rewards count less; no effect where MAX_GRAD_NORM acts
+MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this (2.67 at step 0 is); big:
+#                      one odd group may throw the policy off; small: all count alike
 
 # Memory and speed
 MICRO_BATCH_SIZE = 8  # responses in one backward pass; fewer take less memory
@@ -128,13 +130,14 @@ def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True) -> torch.
     A_i = (r_i - mean(r)) / (std(r) + 1e-4)
 
     DeepSeekMath, section 4.1.2; the 1e-4, against a division by 0, is ours.
-    `scale_by_std=False` leaves out the division. Why the mean may be subtracted:
-    grpo_loss weighs grad ln pi(o) with A, and sum_o pi(o) grad ln pi(o) = sum_o grad
-    pi(o) = grad 1 = 0, so the same number taken from all rewards leaves the expected
-    gradient as it is and only makes it less noisy. (The mean contains r_i: that alone
-    shortens the expected gradient to 1 - 1/G of itself.)
-    Equal rewards give exactly 0: rounding may leave 3e-8 instead, and AdamW, which
-    divides a gradient by its usual size, could make a full step of mere noise.
+    `scale_by_std=False` leaves out the division. Why the mean may be subtracted (read
+    grpo_loss first): taking b from all rewards changes the expected gradient by
+    -b sum_o pi(o) grad ln pi(o) = -b grad sum_o pi(o) = -b grad 1 = 0 (o: all texts),
+    and makes it less noisy. This is exact only without grpo_loss's division by length
+    and with TOP_P = 1. The mean contains r_i, which, without the division by std,
+    shortens the expected gradient to 1 - 1/G of itself.
+    Equal rewards are set to exactly 0: rounding can leave 3e-8, which AdamW, dividing a
+    gradient by its usual size, could turn into a full step of mere noise.
 
     `rewards` (G,) float32 of one prompt's responses gives (G,).
     By hand: rewards = [0, 1, 2]  ->  mean 1, std 1 (the sum of squares divided by
@@ -151,7 +154,7 @@ def completion_mask(completion_ids: torch.Tensor, eos_token_id: int) -> torch.Te
 
     m_it = 1 if no token before t ended the text, else 0
 
-    The end is a choice that the policy made, so it is trained as every other token;
+    The end is a choice that the policy made, so it is trained like any other token;
     what stands after it is only there to fill the row up.
 
     `completion_ids` (G, L) int64 gives (G, L) int64.
@@ -177,19 +180,18 @@ def completion_log_probs(
 
     `input_ids` (G, P + L): prompt and response, whose length L is `completion_length`;
     `attention_mask` (G, P + L): 0 where a row is only filled up, on either side. Gives
-    (G, L) float32. The logits at place t are about the token at t + 1: the response's
-    first token is chosen at the prompt's last, and its own last token need not be read.
+    (G, L) float32. The model's output at one token is about the next: z_t is found one
+    place earlier, z_1 at the prompt's last token, and o_L need not be read.
     By hand: two tokens, logits [0, ln 3], token 1 was drawn  ->  ln(3/4) = -0.2877.
     """
-    # Counted from the first real token, in case a row is filled up on the left. (This
-    # script, which has one prompt at a time, fills up on the right only.)
+    # Positions count from a row's first real token, should it be padded on the left.
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(
         input_ids=input_ids[:, :-1],
         attention_mask=attention_mask[:, :-1],
         position_ids=position_ids[:, :-1],
         use_cache=False,
-        logits_to_keep=completion_length,  # none for the prompt: saves memory
+        logits_to_keep=completion_length,  # only those about the response: saves memory
     ).logits  # (G, L, V), by far the largest tensor here
     logits = logits.float() / temperature if temperature != 1 else logits.float()
     tokens = input_ids[:, -completion_length:]
@@ -202,11 +204,12 @@ def completion_log_probs(
 def kl_estimate(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
     """How far the policy has moved from the reference, estimated token by token.
 
-    k3 = pi_ref/pi - ln(pi_ref/pi) - 1
+    k3 = pi_ref/pi - ln(pi_ref/pi) - 1      (printed as KL)
 
     DeepSeekMath, eq. (4). Never negative, and 0 where both agree. Its mean over tokens
-    drawn from pi is KL(pi || pi_ref). The mean of its *gradient*, though, is that of
-    KL(pi_ref || pi), the two swapped. The paper uses it all the same, and so do we.
+    drawn from pi is KL(pi || pi_ref), with KL(p || q) = sum_v p(v) ln(p(v) / q(v)). The
+    mean of its *gradient*, though, is that of KL(pi_ref || pi), the two swapped. The
+    paper uses it all the same, and so do we.
 
     Both (G, L), gives (G, L).
     By hand: pi = 0.5, pi_ref = 0.25  ->  0.5 - ln 0.5 - 1 = 0.1931.
@@ -228,19 +231,20 @@ def grpo_loss(
 
     rho_it = pi(o_it) / pi_old(o_it)
     J_it   = min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i) - beta k3_it
-    loss   = -mean_i( mean_t J_it )
+    loss   = -mean_i( mean_t J_it ),   mean_t over the tokens with m_it = 1
 
     DeepSeekMath, eq. (3). The min stops pushing a token once rho has moved by eps the
     way A asks for, and never stops it from coming back. On the first step from a group
     rho is 1 and the advantages add up to 0, so the loss is beta times the mean of k3: 0
     without KL. What trains is the gradient, here that of -mean_i( A_i mean_t ln pi ).
-    Why that raises the reward: d pi = pi d ln pi, so the gradient of the mean reward,
-    sum_o r(o) pi(o), is the mean of r(o) times the gradient of ln pi(o), over responses
-    drawn from pi; and ln pi(o) is the sum of its tokens'. (REINFORCE, lesson 1.) The
-    divisions by length and std are no part of this. Dr. GRPO (arXiv 2503.20783) drops
-    both: the first makes each token of a long response count less, the second makes
-    groups with like rewards count more. DAPO (arXiv 2503.14476) takes one mean over all
-    tokens of the group, and lets rho rise further than it may fall.
+    Why that raises the reward: over all possible texts o, as grad pi = pi grad ln pi,
+    grad sum_o pi(o) r(o) = sum_o pi(o) r(o) grad ln pi(o). So the gradient of the mean
+    reward is the mean of r(o) grad ln pi(o) over responses drawn from pi; and ln pi(o)
+    is the sum over its tokens. (REINFORCE, lesson 1.) The divisions by length and std
+    are no part of this. Dr. GRPO (arXiv 2503.20783) drops both: the first makes each
+    token of a long response count less, the second makes groups with similar rewards
+    count more. DAPO (arXiv 2503.14476) takes one mean over all tokens of the group, and
+    lets rho rise further than it may fall.
 
     `log_probs`, `old_log_probs`, `ref_log_probs` (None without KL) and `mask` (G, L),
     `advantages` (G,); beta is `kl_coef`. Gives a scalar.
@@ -284,7 +288,7 @@ def draw_tokens(logits: torch.Tensor) -> torch.Tensor:
     to TOP_P or more. The same as sorting and cutting off the tail, but faster.
     """
     probs = (logits.float() / TEMPERATURE).softmax(1)
-    # Two are drawn and one is used: to draw one, PyTorch makes V random numbers a row.
+    # To draw only one, PyTorch would make V random numbers a row: draw two and use one.
     tokens = probs.multinomial(2, replacement=True)[:, :1]
     redraw = torch.full((len(probs),), TOP_P < 1, device=probs.device)
     while redraw.any():
@@ -306,7 +310,7 @@ def generate_group(
     cache, columns = None, []
     ended = torch.zeros(samples, 1, dtype=torch.bool, device=policy.device)
     while len(columns) < MAX_NEW_TOKENS and not ended.all():
-        # The cache holds what attention needs of the tokens before: only `ids` is read.
+        # The cache holds the results for all earlier tokens: only the newest is read.
         output = policy(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits, cache = output.logits[:, -1], output.past_key_values
         if not columns:  # the prompt was read, once for all responses
@@ -381,11 +385,11 @@ def batch_log_probs(model: torch.nn.Module, batch: dict) -> torch.Tensor:
 
 @torch.no_grad()
 def diagnose(log_probs: torch.Tensor, batch: dict) -> torch.Tensor:
-    """What to watch: means over a response's tokens, then over responses.
+    """What to watch: 1 to 3 are means over a response's tokens; all, over responses.
 
-    1. k3, how far the policy is from the reference: 0 to 0.1 is near, 1 is far.
-    2. The entropy, how undecided the policy is, in nats a token, estimated by -ln pi:
-       near 0, one answer is left. (Too low with TOP_P < 1, where no tail is drawn.)
+    1. KL: k3, how far the policy is from the reference: 0 to 0.1 is near, 1 is far.
+    2. entropy: how undecided the policy is, in nats (the unit of ln) a token: -ln pi.
+       Near 0, one answer is left. Too low if TOP_P < 1: no unlikely tokens are drawn.
     3. The share of tokens past the edge of the clip, which are pushed no further.
     4. The length in tokens. 5. The share of responses MAX_NEW_TOKENS long.
     """
@@ -479,8 +483,7 @@ def main() -> None:
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
     lr = TINY_LR if writer.name_or_path == str(TINY_MODELS / "policy") else LR
     optimizer = torch.optim.AdamW(writer.parameters(), lr, weight_decay=0.0, fused=True)
-    # With several processes, a backward pass through `policy` averages gradients;
-    # `writer` is the same model without that, to write with.
+    # `policy` averages gradients over several processes; `writer` is the bare model.
     policy, optimizer = accelerator.prepare(writer, optimizer)
     history = []  # the rewards (G,) of each step
 
@@ -502,7 +505,7 @@ def main() -> None:
             # 4. Compare within the group.
             advantages = group_advantages(rewards, SCALE_BY_STD)
 
-            # 5. Learn, unless all rewards are equal: none is better than the others.
+            # 5. Learn, unless all rewards are equal (then even the KL is left out).
             figures = {}
             if advantages.any():
                 batch = {
@@ -524,7 +527,8 @@ def main() -> None:
         for name, rewards in [("before", before), ("after", after)]:
             accelerator.print(f"  {name} {rewards.mean():+.3f} ({rewards.std():.3f})")
     except BaseException:  # Ctrl-C, a bug in REWARD_FUNCTION: the run so far is kept
-        save_run(writer, tokenizer, history, "_interrupted")
+        if history:
+            save_run(writer, tokenizer, history, "_interrupted")
         raise
     save_run(writer, tokenizer, history, "")
 
@@ -536,6 +540,8 @@ def main() -> None:
 HERE = Path(__file__).resolve().parent
 TINY_MODELS = HERE / "grpo_tiny"
 DEFAULT_MODELS = {"gpt2", "OpenAssistant/reward-model-deberta-v3-large"}
+# Ctrl-C, `kill`, a closed terminal (which Windows does not have)
+SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
 
 
 def check_settings() -> None:
@@ -558,8 +564,8 @@ def check_settings() -> None:
         "LR, TINY_LR, TOP_P, CLIP_EPS: above 0, at most 1": all(
             0 < value <= 1 for value in (LR, TINY_LR, TOP_P, CLIP_EPS)
         ),
-        "TEMPERATURE: above 0": TEMPERATURE > 0,
-        "KL_COEF, MAX_GRAD_NORM: from 0": KL_COEF >= 0 and MAX_GRAD_NORM >= 0,
+        "TEMPERATURE, MAX_GRAD_NORM: above 0": TEMPERATURE > 0 and MAX_GRAD_NORM > 0,
+        "KL_COEF: from 0": KL_COEF >= 0,
         "SAVE_DIR: a folder outside grpo_tiny/ that can be written": writable
         and not folder.is_relative_to(TINY_MODELS),
         "USE_WANDB: pip install wandb": not USE_WANDB or find_spec("wandb"),
@@ -573,9 +579,9 @@ def check_settings() -> None:
 def start_accelerator() -> Accelerator:
     """Join the other processes, if this is one of several."""
     sys.stdout.reconfigure(errors="replace")  # no odd character may end a training
-    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+    for number in SIGNALS:
         if signal.getsignal(number) == signal.SIG_DFL:  # under `nohup` it is not
-            signal.signal(number, signal.default_int_handler)  # as Ctrl-C does
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C has it
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     trackers = "wandb" if USE_WANDB else None
@@ -618,9 +624,8 @@ def load_model(kind: type, name: str) -> tuple[Model, Tokenizer]:
     model.config.pad_token_id = tokenizer.pad_token_id
     longest = getattr(model.config, "max_position_embeddings", 10**9)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-    # eval() switches dropout off and nothing else; gradients flow as before. With
-    # dropout we would train another network than the one that wrote: the probabilities
-    # of the same tokens differ, in gpt2 by a factor of 0.87 to 1.09.
+    # eval() switches dropout off, no more. With it, another network than the one that
+    # wrote would learn: gpt2's probabilities differ by a factor of 0.87 to 1.09.
     return model.eval().to(DEVICE), tokenizer
 
 
@@ -648,13 +653,10 @@ def load_models() -> tuple[Model, Tokenizer, Model | None, Tokenizer | None]:
 
 
 def save_run(policy: Model, tokenizer: Tokenizer, history: list, suffix: str) -> None:
-    """Write the model and the curve of its rewards into SAVE_DIR + `suffix`.
-
-    Written aside, then moved, config.json last: the folder loads whole or not at all.
-    """
+    """Write model, tokenizer and the curve of the rewards into SAVE_DIR + `suffix`."""
     if not PartialState().is_main_process:
         return
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no Ctrl-C while saving
+    heard = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     folder = HERE / (SAVE_DIR + suffix)
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as aside:
@@ -664,11 +666,12 @@ def save_run(policy: Model, tokenizer: Tokenizer, history: list, suffix: str) ->
             draw_learning_curve(history, Path(aside, "learning_curve.png"))
         for name in ("config.json", "chat_template.jinja"):  # of an older model
             (folder / name).unlink(missing_ok=True)
+        # config.json last: until then, the folder does not load as half of a model.
         for name in sorted(os.listdir(aside), key="config.json".__eq__):
             os.replace(Path(aside, name), folder / name)
-    signal.signal(signal.SIGINT, heard)
-    print(f"\nWritten: {folder.name}/, with learning_curve.png. To use the model:")
-    print(f"  transformers.pipeline('text-generation', {str(folder)!r})(a prompt)")
+    for number, handler in heard.items():
+        signal.signal(number, handler)
+    print(f"\nWritten: {folder.name}/. How to use the model: README.md, lesson 4")
 
 
 def draw_learning_curve(history: list[torch.Tensor], path: Path) -> None:

@@ -373,19 +373,33 @@ def test_whatever_ends_a_run_early_keeps_it_beside_the_last_good_one(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_and_keeps_it(settings, tmp_path, monkeypatch, number):
     settings(NUM_STEPS=9)
-    steps = spy_on(monkeypatch, "grpo_step", lambda *a: os.kill(os.getpid(), number))
+    steps = spy_on(
+        monkeypatch,
+        "grpo_step",
+        lambda *a: os.kill(os.getpid(), number) if len(steps) == 2 else None,
+    )
     with pytest.raises(KeyboardInterrupt):
         lesson.main()
-    assert len(steps) == 1
+    assert len(steps) == 2
     assert (tmp_path / "model_interrupted" / "config.json").exists()
     assert not (tmp_path / "model").exists()
 
 
-def test_ctrl_c_is_not_heard_while_saving_and_is_heard_again_afterwards(
-    tmp_path, monkeypatch
+def test_a_run_that_ends_before_its_first_step_leaves_an_earlier_one_alone(
+    settings, tmp_path
+):
+    settings(REWARD_FUNCTION=fail_at_call(1, lambda texts: {}["a bug"]))
+    with pytest.raises(KeyError):
+        lesson.main()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_signal_is_heard_while_saving_and_each_is_heard_again_afterwards(
+    tmp_path, monkeypatch, number
 ):
     def ctrl_c(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     spy_on(monkeypatch, "draw_learning_curve", ctrl_c)
     lesson.main()
@@ -602,7 +616,7 @@ IMPOSSIBLE = {
     "CLIP_EPS": [0, float("inf")],
     "TEMPERATURE": [0, float("nan")],
     "KL_COEF": [-0.1, float("nan")],
-    "MAX_GRAD_NORM": [-1],
+    "MAX_GRAD_NORM": [-1, 0],
     "MIXED_PRECISION": ["fp16", None],
     "SAVE_DIR": ["grpo_training.py", "no/such/folder", "grpo_tiny", "grpo_tiny/new"],
 }

@@ -27,7 +27,7 @@ COLUMNS = {
         ("best", "best", ".0f"),
         ("budget used", "episodes", ".0f"),
         ("entropy early", "entropy early", ".2f"),
-        ("entropy", "at the end", ".2f"),
+        ("entropy", "entropy at the end", ".2f"),
         ("greedy", "greedy score", ".0f"),
         ("sampled", "sampled score", ".0f"),
     ],
@@ -36,7 +36,7 @@ COLUMNS = {
         ("wins 2nd", "wins 2nd, %", ".1f"),
         ("lines lost", "lines lost", ".0f"),
         ("entropy early", "entropy early", ".2f"),
-        ("entropy", "at the end", ".2f"),
+        ("entropy", "entropy at the end", ".2f"),
         ("critic error", "critic's squared error", ".2f"),
         ("illegal moves", "illegal moves", ".1%"),
     ],
@@ -192,6 +192,20 @@ def table(results: dict, lesson: str) -> str:
     return "\n".join(rows)
 
 
+def apart(results: dict, bug: dict) -> str:
+    """The figures of which no run with the bug comes near a healthy one."""
+    healthy = results["healthy"][museum.group_of(bug)]
+    runs, found = results["bugs"][bug["name"]], []
+    for figure, heading, form in COLUMNS[museum.lesson_of(bug)]:
+        here = [run[figure] for run in runs if run.get(figure) is not None]
+        there = [run[figure] for run in healthy]
+        if here and (min(here) > max(there) or max(here) < min(there)):
+            values = [spread(each, figure, form) for each in (runs, healthy)]
+            if values[0] != values[1]:
+                found.append(f"{heading} {values[0]}, healthy {values[1]}")
+    return "; ".join(found) or "no figure is out of the range of the healthy runs"
+
+
 def section(results: dict, bug: dict) -> str:
     """One bug: the lines, what was seen, what catches it."""
     keys = seen(results, bug)
@@ -206,6 +220,7 @@ def section(results: dict, bug: dict) -> str:
         "```diff\n" + "\n".join(x for x in lines if not x.startswith("@@")) + "\n```",
         f"**Seen:** {words}."
         + (f" The program stops: *{ended.pop()}*" if ended else ""),
+        f"**Measured:** {apart(results, bug)}.",
         f"**Caught by** `{bug['test']}`. **Source:** {bug['source']}.",
     ]
     return "\n\n".join(parts)
