@@ -1,34 +1,34 @@
-"""Lesson 3: PPO on LunarLander-v3.
+"""Lesson 3: PPO (proximal policy optimization) on LunarLander-v3.
 
 What you will learn
     How PPO takes many gradient steps from one batch without ruining the policy, and how
-    a critic shows more clearly which actions did well. The task: land between two
-    flags. A crash pays -100, coming to rest +100, fuel costs a little.
+    a critic stands in for rewards not yet seen. The task: land between two flags in
+    1,000 steps. A crash pays -100, rest +100, getting nearer and slower a little.
 
 The algorithm in 6 steps
     1. Make an actor (the policy: a probability for each action) and a critic (predicts
        the return: the sum of the rewards to come, later ones discounted).
-    2. Fly T steps in N environments side by side, drawing actions from the actor.
+    2. Fly T steps in N copies side by side (a rollout), drawing actions from the actor.
     3. Compute advantages: how much better each action was than the critic predicted.
     4. For a few epochs over this batch, in random minibatches: make actions with a
-       positive advantage likelier and the others rarer, with no further push once a
-       probability has changed by 20 %; move the critic's values towards the returns.
+       positive advantage likelier and the others rarer, each pushed no further once its
+       probability has moved 20 % that way; keep some entropy; fit V to the returns.
     5. Lower the learning rate and go back to 2, until the steps are spent.
-    6. Score the agent on held-out episodes, never used in training or tuning.
+    6. Score the agent on held-out episodes, which training never flew.
 
-Symbols (T steps, N environments, B = T*N rows or a minibatch of them, D = 8, A = 4)
+Symbols (T steps, N copies, D = 8 inputs, A = 4 actions; B = T*N rows, or a minibatch)
     pi(a|s)  actor         probability of action a in state s: softmax of logits (B, A)
     V(s)     critic        (B,): the return that it predicts from state s on
     s_t      observations  (T, N, D): position, velocity, angle, spin, two leg contacts
     a_t      actions       (T, N): 0 nothing, 1 left, 2 main, 3 right engine
-    r_t      rewards       (T, N): of the step from s_t to s_{t+1}, times REWARD_SCALE
+    r_t      rewards       (T, N): of the step from s_t to s_{t+1}; scaled in make_batch
     A_t      advantages    (T, N): how much better a_t was than V(s_t) predicted
-    G_t      returns       (T, N): A_t + V(s_t), the critic's target. The printed
-                           'return' is a whole episode's sum of unscaled rewards.
+    G_t      returns       (T, N): A_t (not normalised) + V(s_t), the critic's target.
+                           The printed 'return': mean of 100 episodes, r_t unscaled.
     rho_t    ratio         (B,): pi(a_t|s_t) now over pi(a_t|s_t) when it was taken
 
 Where this differs from the papers, and why (PPO: arXiv 1707.06347, GAE: 1506.02438)
-    * Actor and critic share no layers, as in PPO's section 6.1. ReLU instead of tanh.
+    * The network is that of PPO's section 6.1, but with ReLU instead of tanh.
     * Rewards are divided by 100 and advantages normalised: 400,000 steps score 260,
       without the first 194, without the second 244 (seeds 0 and 1). Long gradients are
       shortened and the weights start orthogonal, as in most code: no difference there.
@@ -42,14 +42,14 @@ Run it, and what you should see
      278.2     181    847,872   22,901  0.0000       0%    0.493       0.99
 
     Seeds 0-9, 100 held-out greedy episodes each: 278.9 on average, 276.3 for the worst
-    seed; 99.5 % score 200 or more. Seed 0 is shipped. Single episodes have a std of
+    seed; 99.5 % of them score 200 or more. Seed 0 is shipped. One episode has a std of
     about 20, so a mean of 100 is known to 20 / sqrt(100) = 2. Healthy values of the
     columns: see `diagnose`. What goes wrong, and how it looks: tests/bugs/.
 
 To change the task
-    Edit ENV_ID and OBSERVATION_SIZE, ACTIONS (how many numbers, how many actions), and
-    WEIGHTS_PATH so that the lander stays; REWARD_SCALE should bring returns near 1.
-    "CartPole-v1" with 4, 2 scores 500 (seeds 0, 1), "Acrobot-v1" with 6, 3 -72 (both).
+    Edit ENV_ID, OBSERVATION_SIZE and ACTIONS (numbers in, actions), WEIGHTS_PATH and
+    CURVE_PATH (or the lander's are overwritten); REWARD_SCALE: returns near 1. Scores
+    (seeds 0, 1): "CartPole-v1" (4, 2) 500 and 500, "Acrobot-v1" (6, 3) -72 and -72.
 
 Try this (seed 0; a run that ends above 200 replaces the shipped weights)
     * TOTAL_STEPS = 400_000: half the wait; seeds 0-9 score 263.1, the worst one 248.3.
@@ -102,17 +102,17 @@ LEARNING_RATE = 2e-3  # of Adam, at the start; too big: it settles on a bad habi
 #                       small: TOTAL_STEPS is over before it lands
 FINAL_RATE = 0.0  # share of LEARNING_RATE that is left at the end; 1: it never falls
 GAMMA = 0.995  # discount of a reward one step later: looks about 1 / (1 - 0.995) = 200
-#                steps ahead, a landing's length; higher: takes its time; lower: crashes
-GAE_LAMBDA = 0.98  # how far rewards that came count over the critic's word, see `gae`;
+#                steps ahead, a landing's length; high: it dawdles; low: short-sighted
+GAE_LAMBDA = 0.98  # 0: one reward, then the critic's word; 1: all rewards; see `gae`;
 #                    low: the critic's errors mislead; high: chance does
 CLIP_EPS = 0.2  # how far the ratio may move from 1 before the push stops; small: it
 #                 learns slowly; big: the policy outruns its data
-ENTROPY_BONUS = 0.003  # what staying undecided is worth; too little: it settles on the
-#                        first thing that works; too much: it never settles
-VALUE_WEIGHT = 0.5  # of the critic's loss; too big: within MAX_GRAD_NORM, the critic's
-#                     gradient leaves no room for the actor's
+ENTROPY_BONUS = 0.003  # what staying undecided is worth; too little: some seeds settle
+#                        on a bad habit; too much: it never settles
+VALUE_WEIGHT = 0.5  # of the critic's loss; works through MAX_GRAD_NORM alone: too big,
+#                     and the critic's gradient takes nearly all of that length
 MAX_GRAD_NORM = 0.5  # a longer gradient (both networks as one) is shortened to this;
-#                      small: all count alike, clear or not; big: one odd one can jerk
+#                      small: faint ones count like clear ones; big: outliers can jerk
 REWARD_SCALE = 0.01  # rewards reach +-100; the critic learns fastest on returns near 1
 HIDDEN_UNITS = 64  # width of both hidden layers; few: it flies crudely; many: slower
 
@@ -135,7 +135,7 @@ HELD_OUT_SEED = 1_000_000  # of the first held-out episode, the next has one mor
 
 
 def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
-    """A linear layer that starts with orthogonal weights times `gain`, biases 0."""
+    """A linear layer: biases 0, weights orthogonal (they keep lengths) times `gain`."""
     layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
@@ -174,20 +174,20 @@ class ActorCritic(nn.Module):
 
 
 def gae(rewards, values, next_values, terminated, ended, gamma, lam) -> Tensor:
-    """Advantages: how much better each action was than the critic predicted.
+    """Generalized advantage estimation: how much better than the critic predicted?
 
     delta_t = r_t + gamma * V(s_{t+1}) * (1 - terminated_t) - V(s_t)
     A_t     = delta_t + gamma * lam * (1 - ended_t) * A_{t+1}
 
     PPO's eq. (12) and (11), computed backwards, with the ends of episodes added. (The
     last exponent of (11), T-t+1, is a misprint for T-t-1.) Written out, A_t is
-    delta_t + (gamma*lam) delta_{t+1} + (gamma*lam)^2 delta_{t+2} + ...
+    delta_t + (gamma*lam) delta_{t+1} + (gamma*lam)^2 delta_{t+2} + ... up to an end.
 
     `lam` trades bias for variance. At 0, A_t = delta_t: one reward, then the critic's
     word; little noise, but as wrong as the critic is (bias). At 1 the values in between
-    cancel: A_t = r_t + gamma r_{t+1} + ... + gamma^(T-t) V(s_T) - V(s_t), if at s_T the
-    rollout or the time limit cuts (after a real end no V follows). That is what really
-    happened, but for the last V, with the chance of all those steps in it (variance).
+    cancel: A_t = r_t + gamma r_{t+1} + ... + gamma^k V(s_{t+k}) - V(s_t), if rollout or
+    time limit cut after k steps (after a real end no V follows). Only the last V is a
+    guess, but the chance of all k steps is in it (variance).
 
     `terminated` (landed or crashed) cuts the value: no reward can follow.
     `ended` (terminated, or truncated by the time limit) cuts the sum: row t+1 belongs
@@ -198,12 +198,12 @@ def gae(rewards, values, next_values, terminated, ended, gamma, lam) -> Tensor:
 
     All arguments (T, N) float32, flags 0 or 1; `next_values` holds V(s_{t+1}) of what
     the step really led to, also where the copy was then reset. Gives advantages (T, N).
-    By hand: rewards = [1, 1], values = next_values = 0, last step terminated,
-    gamma = lam = 1  ->  advantages = [2, 1].
+    By hand: rewards = [1, 1], values = [0.5, 0.5], next_values = [0.5, 3], gamma = 1,
+    lam = 0.5  ->  [1.25, 0.5] if the last step terminated, [2.75, 3.5] if truncated.
     """
     deltas = rewards + gamma * next_values * (1 - terminated) - values
     advantages = torch.zeros_like(rewards)
-    next_advantage = torch.zeros_like(rewards[0])  # beyond the last row: unknown
+    next_advantage = torch.zeros_like(rewards[0])  # after the last row, V is believed
     for t in reversed(range(len(rewards))):
         next_advantage = deltas[t] + gamma * lam * (1 - ended[t]) * next_advantage
         advantages[t] = next_advantage
@@ -215,8 +215,9 @@ def normalise(advantages: Tensor) -> Tensor:
 
     (A - mean(A)) / (std(A) + 1e-4), where 1e-4 is there so that nothing is divided by 0
 
-    That std is about 0.4 for a fresh agent and 0.1 for the shipped one: like this, the
-    policy's gradient keeps its size. By hand: [1, 2, 3]  ->  [-1.2246, 0, 1.2246].
+    That std falls from about 0.4 (fresh agent) to 0.1 (shipped); without the division,
+    so would the weight of the policy's gradient beside the entropy's and the critic's.
+    By hand: [1, 2, 3]  ->  [-1.2246, 0, 1.2246].
     """
     return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-4)
 
@@ -246,12 +247,12 @@ def clipped_surrogate_loss(
 
     PPO's eq. (7), with a minus since optimizers go downhill.
 
-    pi_old took the actions; pi is what the gradient steps have made of it since. rho_t
-    counts each action as often as pi would take it (importance sampling), so that
-    mean(rho_t * A_t) judges pi by the flights of pi_old. Its gradient is the mean of
-    rho_t * A_t * grad ln pi(a_t|s_t): lesson 1's while rho_t = 1, as in the first
-    gradient step of an update. Far from pi_old it misjudges (pi would come to other
-    states), so the minimum stops each push in time. Which actions get a gradient:
+    pi_old took the actions; pi is what the gradient steps have made of it since. The
+    ratio turns a mean over pi_old's actions into one over pi's (importance sampling):
+    sum_a pi_old(a|s) * rho A = sum_a pi(a|s) * A. The gradient of rho_t A_t is
+    rho_t A_t grad ln pi(a_t|s_t): lesson 1's while rho_t = 1, as in the first gradient
+    step of an update. But pi would also come to other states than pi_old: the mean is
+    only a *surrogate* of the return, good near pi_old. Which actions get a gradient:
 
              rho < 1 - eps             in between   rho > 1 + eps
     A > 0    yes: it should come back  yes          no: likelier by enough
@@ -296,8 +297,8 @@ def collect(envs: SyncVectorEnv, actor: nn.Module, observations: np.ndarray) -> 
     (T, N), `rewards`, not scaled, `terminated` and `ended` (T, N) float32; then where
     the copies stand now, and (return, length) of each episode that ended.
     """
-    # -log of an exponential draw is Gumbel noise, and argmax(logits + Gumbel noise) is
-    # a draw from softmax(logits). The noise of all steps is made in one call.
+    # Faster than Categorical(...).sample(), same probabilities (the Gumbel-max trick):
+    # argmax(logits - ln(exponential draws)) is a draw from softmax(logits).
     shape = (ROLLOUT_STEPS, envs.num_envs, ACTIONS)
     noise = -torch.empty(shape).exponential_().log().numpy()
     rows, finished = [], []
@@ -417,11 +418,12 @@ def learn(
 
 @torch.no_grad()
 def diagnose(agent: ActorCritic, batch: dict[str, Tensor]) -> tuple[float, ...]:
-    """What the update did to the policy, over the whole batch: four printed columns.
+    """Four columns, over the whole batch: the policy after the update, V before it.
 
     KL         mean_t( rho_t - 1 - ln rho_t ), an estimate of the Kullback-Leibler
-               divergence KL(pi_old || pi): how far the policy moved. 0.001 to 0.02;
-               above 0.1 it outruns its data (without the clip: 0.07 to 1.8).
+               divergence KL(pi_old || pi) = mean(-ln rho): how far the policy moved.
+               0.001 to 0.02, then towards 0 with the rate; above 0.1 the policy outruns
+               its data (without the clip: 0.07 to 1.8).
     clipped    Share of actions whose ratio left the range 1 +- CLIP_EPS. 5 to 20 % at
                first, then less; 0 as the rate falls. Above 25 % for long: LEARNING_RATE
                or EPOCHS too big; 0 from the start: too small.
@@ -462,7 +464,7 @@ def main() -> None:
     # fused: the same Adam in one call for all weights instead of one for each.
     optimizer = torch.optim.Adam(agent.parameters(), LEARNING_RATE, fused=True)
     envs = make_envs(NUM_ENVS)
-    # Copy i starts from seed SEED * NUM_ENVS + i: neighbouring seeds share no terrain.
+    # Copy i starts from seed SEED * NUM_ENVS + i: SEED 0 and SEED 1 share no terrain.
     observations, _ = envs.reset(seed=SEED * NUM_ENVS)
     updates = TOTAL_STEPS // (NUM_ENVS * ROLLOUT_STEPS)
     history, steps, start = [], 0, time.perf_counter()
@@ -484,8 +486,8 @@ def main() -> None:
             # 4. Several epochs of clipped gradient steps over the batch.
             learn(agent, optimizer, batch)
 
-            # 5. A lower rate: big steps soon find some way to land, small ones then let
-            # the noise of many minibatches average out; big ones would follow each.
+            # 5. A lower rate. Big steps learn to land soon, but then follow the noise
+            # of every minibatch; small ones average it out.
             rest = 1 - (update + 1) / updates
             rate = LEARNING_RATE * (FINAL_RATE + (1 - FINAL_RATE) * rest)
             optimizer.param_groups[0]["lr"] = rate
@@ -516,11 +518,13 @@ def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
     counts = TOTAL_STEPS, REPORT_EVERY, NUM_ENVS, ROLLOUT_STEPS, EPOCHS, MINIBATCH_SIZE
     counts += HIDDEN_UNITS, HELD_OUT_EPISODES
-    seed, last, rows = SEED * NUM_ENVS, HELD_OUT_SEED, NUM_ENVS * ROLLOUT_STEPS
+    last_seed, rows = (SEED + 1) * NUM_ENVS, NUM_ENVS * ROLLOUT_STEPS
     folders = Path(WEIGHTS_PATH).parent, Path(CURVE_PATH).parent
     files = all(os.access(folder, os.W_OK) for folder in folders)
     rules = {
-        "SEED * NUM_ENVS must be from 0 up, below HELD_OUT_SEED": 0 <= seed < last,
+        "SEED must be from 0 up, (SEED + 1) * NUM_ENVS at most HELD_OUT_SEED": (
+            SEED >= 0 and last_seed <= HELD_OUT_SEED
+        ),
         "TOTAL_STEPS, REPORT_EVERY, NUM_ENVS, ROLLOUT_STEPS, EPOCHS, MINIBATCH_SIZE, "
         "HIDDEN_UNITS and HELD_OUT_EPISODES must be from 1": min(counts) >= 1,
         "TOTAL_STEPS must be NUM_ENVS * ROLLOUT_STEPS or more": rows <= TOTAL_STEPS,

@@ -163,10 +163,11 @@ def test_gae_with_lambda_1_plus_the_values_is_the_plain_discounted_return():
 
 
 def test_the_docstring_cases_worked_by_hand():
-    column = torch.tensor([[1.0], [1.0]])
-    zero, end = torch.zeros(2, 1), torch.tensor([[0.0], [1.0]])
-    advantages = lesson.gae(column, zero, zero, end, end, 1.0, 1.0)
-    assert advantages.flatten().tolist() == [2, 1]
+    rewards, values = torch.ones(2, 1), torch.full((2, 1), 0.5)
+    next_values, last = torch.tensor([[0.5], [3.0]]), torch.tensor([[0.0], [1.0]])
+    for terminated, expected in [(last, [1.25, 0.5]), (0 * last, [2.75, 3.5])]:
+        given = rewards, values, next_values, terminated, last
+        assert lesson.gae(*given, 1.0, 0.5).flatten().tolist() == expected
     normal = lesson.normalise(torch.tensor([1.0, 2.0, 3.0]))
     assert normal.tolist() == pytest.approx([-1.2246, 0, 1.2246], abs=1e-4)
     half = lesson.log_probs_and_entropy(torch.zeros(1, 2), torch.tensor([0]))
