@@ -34,7 +34,7 @@ Where this differs from the papers, and why (PPO: arXiv 1707.06347, GAE: 1506.02
       shortened and the weights start orthogonal, as in most code: no difference there.
 
 Run it, and what you should see
-    python lunarlander_ppo.py     58 seconds on one core of a server CPU, no GPU
+    python lunarlander_ppo.py     55 seconds on one core of a server CPU, no GPU
 
     return  length      steps  steps/s      KL  clipped  entropy  explained
      -32.2     126     40,960   15,175  0.0067       8%    1.134       0.75

@@ -16,8 +16,6 @@ in this order, and leave the results of the others as they were:
     zoo       stable-baselines3's PPO with RL Zoo's settings for this environment, and
               when the lesson's run of the same seed first had its score: this compares
               settings more than implementations.
-    old       The settings of this lesson's first version, between two runs of today's:
-              the ratio of the times.
     frontier  Today's settings with fewer steps: mean and worst of ten seeds. (Today's
               number of steps is the part "seeds".)
 
@@ -52,7 +50,7 @@ sys.path.insert(0, str(ROOT))
 
 import lunarlander_ppo as lesson  # noqa: E402  (the line above finds it)
 
-PARTS = ("seeds", "own", "zoo", "old", "frontier")
+PARTS = ("seeds", "own", "zoo", "frontier")
 SEEDS = range(10)
 STEPPING_STEPS = 100_000  # random steps before and as many after each run
 SNAPSHOT_EVERY = 4  # updates between two looks at how good the agent was by then
@@ -60,23 +58,6 @@ CURVE_EVERY = 10_000  # steps between two points of a learning curve
 LIBRARY_SEED = 0
 ZOO_STEPS = 1_000_000
 FRONTIER = (200_000, 300_000, 400_000)  # steps, below those of the settings
-OLD = {  # the settings of this lesson's first version
-    "TOTAL_STEPS": 850_000,
-    "NUM_ENVS": 16,
-    "ROLLOUT_STEPS": 256,
-    "EPOCHS": 4,
-    "MINIBATCH_SIZE": 512,
-    "LEARNING_RATE": 2e-3,
-    "FINAL_RATE": 0.0,
-    "GAMMA": 0.995,
-    "GAE_LAMBDA": 0.98,
-    "CLIP_EPS": 0.2,
-    "ENTROPY_BONUS": 0.003,
-    "VALUE_WEIGHT": 0.5,
-    "MAX_GRAD_NORM": 0.5,
-    "REWARD_SCALE": 0.01,
-    "HIDDEN_UNITS": 64,
-}
 RESULTS = Path(__file__).parent / "results" / "lunarlander.json"
 CURVES = ROOT / "assets" / "lunarlander_learning_curves.png"
 
@@ -387,12 +368,6 @@ def summarise(report: dict) -> dict:
             "lesson's seconds to that score": zoo["lesson's seconds to that score"],
             "times as fast to that score": zoo["times as fast"],
         }
-    if old := report.get("old"):
-        summary |= {
-            "seconds, settings of the first version": old["old"]["seconds"],
-            "seconds, today's settings, same run": old["new seconds"],
-            "today's part of the first version's time": old["new / old"],
-        }
     for point in frontier_of(report):
         for kind in ("mean", "worst"):
             name = f"{kind} of {len(point['scores'])} seeds, {point['steps']:,} steps"
@@ -448,20 +423,6 @@ def zoo() -> dict:
     }
 
 
-def old() -> dict:
-    """Today's settings, those of the first version, today's again: the times."""
-    first, _ = train(LIBRARY_SEED)
-    before, _ = train(LIBRARY_SEED, **OLD)
-    second, _ = train(LIBRARY_SEED)
-    seconds = (first["seconds"] + second["seconds"]) / 2
-    ratio = seconds / before["seconds"]
-    return {
-        "old": before,
-        "new seconds": round(seconds, 2),
-        "new / old": round(ratio, 3),
-    }
-
-
 def frontier() -> list[dict]:
     """Today's settings, learning rate and all, with each number of steps."""
     points = []
@@ -493,8 +454,6 @@ def main() -> None:
             report["own"] = own()
         elif part == "zoo":
             report["zoo"] = zoo()
-        elif part == "old":
-            report["old"] = old()
         else:
             report["frontier"] = frontier()
         report |= {"machine": machine(), "versions": versions()}

@@ -57,8 +57,7 @@ Each run is the lesson's own `main()`; seconds are those of the training. Scores
 means over held-out episodes. *Random stepping* is the time that as many environments
 take for as many steps with random actions and nothing else; *its own stepping* is the
 part of the run spent in `env.step` (a lander on the ground takes longer to simulate
-than one that falls). The rows about RL Zoo's settings are from an older run, of seed 0,
-whose weights are the same today.""",
+than one that falls).""",
     "lunarlander_ablations": """\
 The same training, shortened, without one detail or with another value of one setting;
 *summary* is the mean greedy score of the seeds. These are short runs of few seeds:
