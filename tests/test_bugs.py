@@ -41,7 +41,7 @@ def test_there_are_enough_bugs_of_each_lesson_and_enough_that_no_curve_shows():
         sum(museum.lesson_of(b) == lesson for b in BUGS) for lesson in page.LESSONS
     ]
     assert all(n >= least for n, least in zip(counts, (12, 10, 12, 10), strict=True))
-    hidden = [bug for bug in BUGS if "hidden" in page.seen(RESULTS, bug)]
+    hidden = [bug for bug in BUGS if "hidden" in museum.seen(RESULTS, bug)]
     assert len(hidden) >= 6
 
 
@@ -92,7 +92,7 @@ def test_six_bugs_trained_again_show_their_symptoms(tmp_path):
     for (name, symptom), run in zip(QUICK.items(), runs, strict=True):
         bug = museum.find(name)
         assert symptom in symptoms.shown([run], healthy_of(bug)), (name, run)
-        assert symptom in page.seen(RESULTS, bug), name
+        assert symptom in museum.seen(RESULTS, bug), name
 
 
 def test_an_exercise_has_one_bug_and_the_solution_names_it(

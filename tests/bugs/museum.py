@@ -398,7 +398,7 @@ def show(name: str, seed: int = 0) -> None:
     print(f"\n{bug['name']}: {bug['why']}")
     print("".join(diff(bug)))
     for key in symptoms.shown([with_bug], [healthy]):
-        print(f"Seen in this run: {symptoms.SYMPTOMS[key][0].lower()}.")
+        print(f"Seen in this run: {symptoms.words(key)}.")
     print(f"Caught by {test_of(bug)}")
 
 
@@ -463,8 +463,10 @@ def check(names: list[str]) -> None:
 
 
 def exercise(seed: str | None = None) -> None:
-    """Write a lesson with a bug drawn at random, and say what to do with it."""
-    bug = random.Random(seed).choice(BUGS)
+    """Write a lesson with a bug drawn at random, of those that show something."""
+    results = json.loads(RESULTS.read_text())
+    visible = [bug for bug in BUGS if set(seen(results, bug)) - {"hidden"}]
+    bug = random.Random(seed).choice(visible)
     lesson = lesson_of(bug)
     shutil.rmtree(EXERCISE, ignore_errors=True)
     settings = bug.get("settings", {})
@@ -504,6 +506,12 @@ def group_of(bug: dict) -> str:
     """The name of the healthy runs that a bug is compared with."""
     settings = ", ".join(f"{k} = {v}" for k, v in bug.get("settings", {}).items())
     return f"{lesson_of(bug)} ({settings})" if settings else lesson_of(bug)
+
+
+def seen(results: dict, bug: dict) -> list[str]:
+    """The symptoms of a bug in the results of `measure`."""
+    healthy = results["healthy"][group_of(bug)]
+    return symptoms.shown(results["bugs"][bug["name"]], healthy)
 
 
 def measure(names: list[str]) -> None:

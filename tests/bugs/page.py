@@ -20,6 +20,9 @@ LESSONS = {
     LANDER: "Lesson 3: PPO",
     GRPO: "Lesson 4: GRPO",
 }
+SHORT_TITLES = dict(
+    zip(LESSONS, ("REINFORCE", "Self-play", "PPO", "GRPO"), strict=True)
+)
 # The columns of a lesson's table: figure, heading, format.
 COLUMNS = {
     CARTPOLE: [
@@ -58,6 +61,7 @@ COLUMNS = {
         ("entropy", "entropy at the end", ".2f"),
         ("length", "length", ".0f"),
         ("cut off", "cut off", ".0%"),
+        ("weights moved", "weights moved", ".0%"),
     ],
 }
 
@@ -126,7 +130,7 @@ SETTINGS = {
 
 def spread(runs: list, name: str, form: str) -> str:
     """The median of a figure over the seeds, with the range if there is one."""
-    values = [run[name] for run in runs if run.get(name) is not None]
+    values = [round(x[name], 6) + 0.0 for x in runs if x.get(name) is not None]
     if not values:
         return "-"
     middle, *ends = (
@@ -140,19 +144,20 @@ def link(name: str) -> str:
     return f"[{name}](#{name})"
 
 
-def seen(results: dict, bug: dict) -> list[str]:
-    """The symptoms of a bug."""
-    healthy = results["healthy"][museum.group_of(bug)]
-    return symptoms.shown(results["bugs"][bug["name"]], healthy)
-
-
 def index(results: dict) -> str:
     """The table from symptoms to bugs."""
     rows = ["| What you see | Bugs |", "|---|---|"]
     for key, (words, _) in symptoms.SYMPTOMS.items():
-        found = [link(bug["name"]) for bug in BUGS if key in seen(results, bug)]
-        if found:
-            rows.append(f"| {words} | {', '.join(found)} |")
+        groups = []
+        for lesson, short in SHORT_TITLES.items():
+            found = [
+                f"[{bug['name'].split('-', 1)[1]}](#{bug['name']})"
+                for bug in BUGS
+                if museum.lesson_of(bug) == lesson and key in museum.seen(results, bug)
+            ]
+            groups += [f"**{short}:** {', '.join(found)}"] if found else []
+        if groups:
+            rows.append(f"| {words} | {'<br>'.join(groups)} |")
     return "\n".join(rows)
 
 
@@ -160,10 +165,10 @@ def not_as_reported(results: dict) -> str:
     """The bugs whose reported symptom did not show."""
     lines = []
     for bug in BUGS:
-        keys = seen(results, bug)
+        keys = museum.seen(results, bug)
         if bug["reported"] and bug["reported"] not in keys:
-            said = symptoms.SYMPTOMS[bug["reported"]][0].lower()
-            got = "; ".join(symptoms.SYMPTOMS[key][0].lower() for key in keys)
+            said = symptoms.words(bug["reported"])
+            got = "; ".join(map(symptoms.words, keys))
             lines.append(f"* {link(bug['name'])}: reported *{said}*. Here: {got}.")
     return "\n".join(lines)
 
@@ -208,16 +213,17 @@ def apart(results: dict, bug: dict) -> str:
 
 def section(results: dict, bug: dict) -> str:
     """One bug: the lines, what was seen, what catches it."""
-    keys = seen(results, bug)
+    keys = museum.seen(results, bug)
     runs = results["bugs"][bug["name"]]
-    words = "; ".join(symptoms.SYMPTOMS[key][0].lower() for key in keys) or "nothing"
+    words = "; ".join(map(symptoms.words, keys)) or "nothing"
     ended = {run["ended by"] for run in runs if "not a finite" in run["ended by"]}
-    lines = [line.rstrip("\n") for line in museum.diff(bug)[2:]]
+    lines = [line.rstrip() for line in museum.diff(bug)[2:]]
+    lines = [line for line in lines if line and not line.startswith("@@")]
     settings = ", ".join(f"`{k} = {v}`" for k, v in bug.get("settings", {}).items())
     parts = [
         f"#### {bug['name']}",
         bug["why"] + (f" (Measured with {settings}.)" if settings else ""),
-        "```diff\n" + "\n".join(x for x in lines if not x.startswith("@@")) + "\n```",
+        "```diff\n" + "\n".join(lines) + "\n```",
         f"**Seen:** {words}."
         + (f" The program stops: *{ended.pop()}*" if ended else ""),
         f"**Measured:** {apart(results, bug)}.",
@@ -285,7 +291,7 @@ def mutations() -> str:
 def text() -> str:
     """The page."""
     results = json.loads(museum.RESULTS.read_text())
-    hidden = sum("hidden" in seen(results, bug) for bug in BUGS)
+    hidden = sum("hidden" in museum.seen(results, bug) for bug in BUGS)
     machine = results["machine"]
     parts = [
         HEAD.format(count=len(BUGS), hidden=hidden) + index(results),
