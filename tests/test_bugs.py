@@ -43,6 +43,9 @@ def test_there_are_enough_bugs_of_each_lesson_and_enough_that_no_curve_shows():
     assert all(n >= least for n, least in zip(counts, (12, 10, 12, 10), strict=True))
     hidden = [bug for bug in BUGS if "hidden" in museum.seen(RESULTS, bug)]
     assert len(hidden) >= 6
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"plants {len(BUGS)} classic mistakes" in readme
+    assert f"{len(hidden)} of them do not show" in readme
 
 
 def test_every_bug_was_measured_with_three_seeds_and_so_were_the_healthy_runs():

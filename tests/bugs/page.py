@@ -120,6 +120,12 @@ healthy runs of the same lesson.
 
 """
 
+AXES = {
+    CARTPOLE: "score of an episode over episodes",
+    TICTACTOE: "wins against random play (%, mean of both seats) over updates",
+    LANDER: "return over steps",
+    GRPO: "mean reward of a group over steps",
+}
 SETTINGS = {
     CARTPOLE: "at most 1,600 episodes",
     TICTACTOE: "400 updates",
@@ -302,7 +308,7 @@ def text() -> str:
         picture = f"{Path(lesson).stem}.png"
         parts.append(
             f"## {title}\n\n`{lesson}`, {SETTINGS[lesson]}, seeds 0 to 2: the median, "
-            "and the range over the seeds. Picture: the score in training, grey the "
+            f"and the range over the seeds. Picture: the {AXES[lesson]}; grey the "
             "range of the healthy runs, red the three runs with the bug.\n\n"
             f"![Curves of {title}]({picture})\n\n" + table(results, lesson)
         )
