@@ -82,6 +82,11 @@ def test_the_docstring_cases_worked_by_hand():
     assert loss.item() == pytest.approx(1.3863, abs=1e-4)
 
 
+def test_the_return_of_a_single_step_is_its_reward():
+    assert lesson.returns_to_go(torch.tensor([2.0]), 0.5).tolist() == [2]
+    assert lesson.returns_to_go(torch.tensor([[2.0, 3.0]]), 0.5).tolist() == [[2, 3]]
+
+
 def test_padding_after_the_end_adds_nothing_to_the_returns():
     rewards = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
     returns = lesson.returns_to_go(rewards, 1.0)

@@ -61,8 +61,7 @@ than one that falls).""",
     "lunarlander_ablations": """\
 The same training, shortened, without one detail or with another value of one setting;
 *summary* is the mean greedy score of the seeds. These are short runs of few seeds:
-small differences mean nothing. They are older than the rest: their seed 1 starts from
-other terrains than today's.""",
+small differences mean nothing.""",
     "grpo": """\
 `grpo_training.py` and TRL's `GRPOTrainer` get the same policy, prompt, reward function
 and settings. Each run is a process of its own; its first step is a warm-up and left

@@ -48,6 +48,7 @@ class Mutate(ast.NodeTransformer):
 
     def __init__(self, number: int) -> None:
         self.number, self.seen, self.change = number, -1, None
+        self.place, self.new = None, ""
 
     def here(self) -> bool:
         """Is this the place?"""
@@ -55,8 +56,10 @@ class Mutate(ast.NodeTransformer):
         return self.seen == self.number
 
     def replaced(self, old: ast.AST, new: ast.AST) -> ast.AST:
-        """Note the change."""
+        """Note the change, and where it is in the text."""
         self.change = f"`{ast.unparse(old)}` to `{ast.unparse(new)}`"
+        self.place = old.lineno, old.col_offset, old.end_lineno, old.end_col_offset
+        self.new = f"({ast.unparse(new)})"
         return ast.copy_location(new, old)
 
     def visit_BinOp(self, node):  # noqa: N802, the names are ast's
@@ -120,20 +123,31 @@ def equations(script: str) -> list[str]:
 
 def mutants(script: str) -> list[tuple[str, str, str]]:
     """Each change of a script: function, what was changed, the text of the script."""
-    tree = ast.parse((museum.ROOT / script).read_text())
-    found = []
-    for name in equations(script):
+    page = (museum.ROOT / script).read_text()
+    tree, found = ast.parse(page), []
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    for function in functions:
+        if function.name not in equations(script):
+            continue
         for number in range(1_000):
-            changed, mutate = copy.deepcopy(tree), Mutate(number)
-            for node in changed.body:
-                if isinstance(node, ast.FunctionDef) and node.name == name:
-                    # The docstring, types and default values are left alone.
-                    node.body[1:] = [mutate.visit(line) for line in node.body[1:]]
+            mutate = Mutate(number)
+            for line in function.body[1:]:  # not the docstring
+                mutate.visit(copy.deepcopy(line))
             if mutate.change is None:
                 break
-            text = ast.unparse(ast.fix_missing_locations(changed))
-            found.append((name, mutate.change, text))
+            found.append((function.name, mutate.change, changed(page, mutate)))
     return found
+
+
+def changed(page: str, mutate: Mutate) -> str:
+    """The text with the change in its place, and nothing else touched."""
+    lines = page.splitlines(keepends=True)
+    first, start, last, end = mutate.place
+    before, after = lines[first - 1][:start], lines[last - 1][end:]
+    lines[first - 1 : last] = [before + mutate.new + after]
+    text = "".join(lines)
+    assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(page))
+    return text
 
 
 def survives(folder: Path, test: str) -> bool:
