@@ -469,9 +469,8 @@ def exercise(seed: str | None = None) -> None:
     bug = random.Random(seed).choice(visible)
     lesson = lesson_of(bug)
     shutil.rmtree(EXERCISE, ignore_errors=True)
-    settings = bug.get("settings", {})
-    if lesson == GRPO:
-        settings = SHORT[GRPO] | settings
+    # As long as the runs on the page, so that their figures can be compared.
+    settings = SHORT[lesson] | bug.get("settings", {})
     copy_lesson(lesson, bug, settings, EXERCISE)
     shown_folder = os.path.relpath(EXERCISE)
     print(f"{shown_folder}/{lesson} has a bug, in one to three lines.")
@@ -480,17 +479,18 @@ def exercise(seed: str | None = None) -> None:
     if bug.get("settings"):
         print(f"Its Settings differ too, on purpose: {bug['settings']}")
     print(f"Run it:  python {shown_folder}/{lesson}")
-    print("Compare with the real one, look the symptom up in tests/bugs/README.md,")
-    print("and find the lines. Then: python tests/bugs/museum.py solution")
+    print(
+        "Compare what it prints with the healthy row in tests/bugs/README.md, look the"
+    )
+    print("symptoms up there, and find the lines. It runs as long as the runs on that")
+    print("page. Then: python tests/bugs/museum.py solution")
 
 
 def solution() -> None:
     """Show which bug the exercise has."""
     for bug in BUGS:
         written = EXERCISE / bug["file"]
-        settings = bug.get("settings", {})
-        if lesson_of(bug) == GRPO:
-            settings = SHORT[GRPO] | settings
+        settings = SHORT[lesson_of(bug)] | bug.get("settings", {})
         text = planted(bug)
         if written.exists() and written.read_text() == (
             text if bug["file"] == GAME else with_settings(text, settings)

@@ -116,7 +116,10 @@ Only then look at curves, and change one thing at a time.
 ## What you see, and which bug it may be
 
 A bug is listed where more than half of its seeds show the symptom, compared with the
-healthy runs of the same lesson.
+healthy runs of the same lesson. Start with the rarest symptom that you see, keep the
+bugs that stand in all of its rows, and compare their figures in the lesson's table. Not
+all is printed by a lesson: the error of the critic, illegal moves and the share of
+weights that moved were measured beside it; in your own agent, print them.
 
 """
 
@@ -320,7 +323,9 @@ def text() -> str:
         f"{machine['cores']} cores, Python {machine['python']}, torch "
         f"{machine['torch']}, gymnasium {machine['gymnasium']}. *Score*, *greedy* and "
         "*sampled* are measured by the healthy lesson on held-out episodes or fresh "
-        "responses; everything else is what the planted lesson printed. "
+        "responses; the critic's error, illegal moves and moved weights by the museum; "
+        "everything else is what the planted lesson printed. *Entropy early* is that "
+        "after a fifth of the printed rows. "
         "`python tests/bugs/museum.py check` plants every bug and runs its test."
     )
     return "\n\n".join(part.strip() for part in parts if part) + "\n"

@@ -91,6 +91,21 @@ def entropy_gone(run: Run, healthy: list[Run]) -> bool:
     return run["entropy early"] < 0.4 * middle(healthy, "entropy early")
 
 
+def halfway(run: Run, healthy: list[Run]) -> float:
+    """Where on its axis a run has half of what there is to learn; infinite: never."""
+    points = zip(run["x"], run["y"], strict=True)
+    return min((x for x, y in points if level(y, healthy) > 0.5), default=math.inf)
+
+
+def later(run: Run, healthy: list[Run]) -> bool:
+    latest = max(halfway(each, healthy) for each in healthy)
+    return 1.3 * latest < halfway(run, healthy) < math.inf
+
+
+def entropy_slow(run: Run, healthy: list[Run]) -> bool:
+    return run["entropy early"] > 1.15 * max(each["entropy early"] for each in healthy)
+
+
 def entropy_stays(run: Run, healthy: list[Run]) -> bool:
     first, last = middle(healthy, "entropy first"), middle(healthy, "entropy")
     return run["entropy"] > last + 0.75 * abs(first - last)
@@ -177,6 +192,7 @@ SYMPTOMS: dict[str, tuple[str, Rule]] = {
     "flat": ("The score stays where it was", flat),
     "rises and falls back": ("The score rises and falls back", rises_and_falls_back),
     "below": ("The score rises, but not to where it should", below),
+    "later": ("It learns, but clearly later", later),
     "slow": ("It gets there, but takes half as long again or more", slow),
     "hidden": ("The curve shows nothing: as good as the healthy runs", hidden),
     "seeds differ": ("Some seeds work, others do not", never),
@@ -187,6 +203,7 @@ SYMPTOMS: dict[str, tuple[str, Rule]] = {
     ),
     "report wrong": ("The printed final score is not the real one", report_is_wrong),
     "entropy 0": ("Entropy falls far too soon", entropy_gone),
+    "entropy slow": ("Entropy falls more slowly than usual", entropy_slow),
     "entropy stays": ("Entropy stays where it began", entropy_stays),
     "nothing moves": ("Few weights move, or none", nothing_moves),
     "ratio 1": ("The ratio never leaves 1: nothing is ever clipped", ratio_1),
