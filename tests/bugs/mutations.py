@@ -41,8 +41,15 @@ LEFT_OUT = {"detach", "masked_fill", "clamp", "float", "abs", "exp", "reversed"}
 
 # Why a survivor survives, by its change. What is not named here has no excuse.
 BECAUSE = {
-    "`rewards.abs().max()` to `rewards.abs().min()`": "The line asks whether all rewards "
-    "are nearly equal; if they are, the largest and the smallest are the same.",
+    "`rewards.abs().max()` to `rewards.abs().min()`": (
+        "The line asks whether all rewards are nearly equal; if they are, the largest "
+        "and the smallest are the same."
+    ),
+    "`centred.abs().max() <= 1e-06 * rewards.abs().max()` to "
+    "`centred.abs().max() < 1e-06 * rewards.abs().max()`": (
+        "They differ where both sides are 0, as all rewards are: then the division "
+        "that follows gives 0 as well."
+    ),
 }
 
 
