@@ -251,15 +251,14 @@ def grpo_loss(
     By hand: one token, pi = 0.6, pi_old = 0.4, A = 1, eps = 0.2  ->  rho = 1.5 is
     clipped to 1.2  ->  loss -1.2, and no gradient. With A = -1  ->  loss 1.5.
     """
-    # Zero the filler *before* exp: exp(1000) * 0 is nan, and one nan spoils the mean.
+    # Not times 0: infinity * 0 is nan, and one nan spoils the mean and the gradient.
     filler = mask == 0
     log_probs = log_probs.masked_fill(filler, 0.0)
-    ratio = (log_probs - old_log_probs.masked_fill(filler, 0.0)).exp()
+    ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     advantages = advantages.unsqueeze(1)  # (G, 1): every token of a response alike
     objective = torch.min(ratio * advantages, clipped * advantages)
     if ref_log_probs is not None:
-        ref_log_probs = ref_log_probs.masked_fill(filler, 0.0)
         objective = objective - kl_coef * kl_estimate(log_probs, ref_log_probs)
     objective = objective.masked_fill(filler, 0.0)
     return -(objective.sum(1) / mask.sum(1).clamp(min=1)).mean()

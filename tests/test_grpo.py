@@ -421,6 +421,13 @@ def test_wild_numbers_under_the_mask_do_not_become_nan():
         assert log_probs.grad[0, 1:].tolist() == [0, 0]
 
 
+def test_a_response_without_a_token_counts_as_0():
+    log_probs = torch.full((2, 2), -1.0, requires_grad=True)
+    loss = loss_of(log_probs, mask=torch.tensor([[1, 1], [0, 0]]))
+    loss.backward()
+    assert loss.isfinite() and log_probs.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "rewards", [[0.3] * 8, [0.0] * 4, [0.1 + 0.2, 0.3] * 4, [-1000.3] * 3]
 )

@@ -977,10 +977,6 @@ BUGS = [
                 "    log_probs = log_probs.masked_fill(filler, 0.0)\n",
                 "",
             ),
-            (
-                "    ratio = (log_probs - old_log_probs.masked_fill(filler, 0.0)).exp()\n",
-                "    ratio = (log_probs - old_log_probs).exp()\n",
-            ),
         ],
         "why": "Times 0 is 0, except for infinity and NaN.",
         "source": "OpenRLHF PR 1240",

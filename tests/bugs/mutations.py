@@ -50,6 +50,8 @@ BECAUSE = {
         "They differ where both sides are 0, as all rewards are: then the division "
         "that follows gives 0 as well."
     ),
+    "`False` to `True`": "A cache that nobody reads: no value changes.",
+    "`0.0` to `1.0`": "Any finite number does: what is filled in is masked afterwards.",
 }
 
 
