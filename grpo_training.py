@@ -33,9 +33,9 @@ Where this differs from the paper, and why
     LR, as there are only 50 steps; no KL, which saves a second copy of the model.
 
 Run it, and what you should see
-    python grpo_training.py      fetches 2.3 GB from the Hugging Face Hub and takes 20 s
-    a step on a CPU core. Offline, or with "grpo_tiny/policy" and "grpo_tiny/reward" as
-    the model names below, it runs small models: 25 s in all. Seed 0 of these:
+    python grpo_training.py      fetches 560 million weights from the Hugging Face Hub,
+    then 20 s a step on a CPU core. Offline, or with "grpo_tiny/policy" and
+    "grpo_tiny/reward" as model names, it runs small models, 25 s in all. Seed 0 then:
         Step 0 | Reward -1.175 (std 1.633, max +2.764)
           loss 0 | KL 0 | entropy 1.12 | clipped 0 | length 60.6 | cut off 0.75 | ...
         Step 49 | Reward +2.138 (std 0.925, max +2.930)

@@ -37,9 +37,9 @@ Run it, and what you should see
     python lunarlander_ppo.py     55 seconds on one core of a server CPU, no GPU
 
     return  length      steps  steps/s      KL  clipped  entropy  explained
-     -32.2     126     40,960   15,175  0.0067       8%    1.134       0.75
-     252.7     264    204,800   20,963  0.0038       6%    0.672       0.84
-     278.2     181    847,872   22,901  0.0000       0%    0.493       0.99
+     -32.2     126     40,960   15,816  0.0067       8%    1.134       0.75
+     252.7     264    204,800   15,599  0.0038       6%    0.672       0.84
+     278.2     181    847,872   14,369  0.0000       0%    0.493       0.99
 
     Seeds 0-9, 100 held-out greedy episodes each: 278.9 on average, 276.3 for the worst
     seed; 99.5 % of them score 200 or more. Seed 0 is shipped. One episode has a std of

@@ -242,11 +242,11 @@ def read_tictactoe(module, healthy, kept, out, settings) -> dict:
     """Figures of lesson 2; the score is the mean of wins in both seats, in %."""
     import torch
 
-    actor, critic, history = kept[:3]
+    actor, critic = kept[:2]
     rows = table(out, 7)
     wins = [100 * healthy.against_random(actor, first)[0] for first in healthy.SEATS]
     lost = [healthy.play_every_line(actor, first)[2] for first in healthy.SEATS]
-    # How often the planted code lets a random network make an illegal move.
+    # How often the planted code lets the trained actor make an illegal move.
     torch.manual_seed(0)
     env = module.gym.make_vec(module.ENV_ID, num_envs=200)
     both, never = torch.arange(200) % 2 == 0, torch.zeros(200)
@@ -270,7 +270,7 @@ def read_tictactoe(module, healthy, kept, out, settings) -> dict:
         | {"end": score[-1], "budget used": rows[-1][4]}
         | entropies([row[5] for row in rows])
         | {"wins 1st": wins[0], "wins 2nd": wins[1], "greedy": sum(wins) / 2}
-        | {"lines lost": sum(lost), "printed lost": rows[-1][2] + rows[-1][3]}
+        | {"lines lost": sum(lost)}
         | {"illegal moves": taken.float().mean().item()}
         | {"critic error": ((returns - values) ** 2).mean().item()}
         | {"weights moved": moved(first.state_dict(), actor.state_dict())}
@@ -281,8 +281,7 @@ def read_lander(module, healthy, kept, out, settings) -> dict:
     """Figures of lesson 3; the score is the return, the budget is in steps."""
     import torch
 
-    agent, history = kept[:2]
-    rows = table(out, 8)
+    agent, rows = kept[0], table(out, 8)
     held_out = {
         name: healthy.evaluate(agent.actor, 100, healthy.HELD_OUT_SEED, greedy)[0]
         for name, greedy in [("greedy", True), ("sampled", False)]

@@ -198,7 +198,7 @@ SYMPTOMS: dict[str, tuple[str, Rule]] = {
     "seeds differ": ("Some seeds work, others do not", never),
     "bad in evaluation": ("Good in training, worse when evaluated", bad_in_evaluation),
     "better in evaluation": (
-        "Bad in training, much better when evaluated greedily",
+        "Bad in training, much better when evaluated",
         better_in_evaluation,
     ),
     "report wrong": ("The printed final score is not the real one", report_is_wrong),
