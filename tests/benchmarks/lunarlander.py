@@ -16,7 +16,8 @@ in this order, and leave the results of the others as they were:
     zoo       stable-baselines3's PPO with RL Zoo's settings for this environment, and
               when the lesson's run of the same seed first had its score: this compares
               settings more than implementations.
-    frontier  Today's settings with fewer steps: mean and worst of ten seeds. (Today's
+    frontier  Today's settings with fewer steps, the learning rate falling to 0 within
+              them as always, or never falling: mean and worst of ten seeds. (Today's
               number of steps is the part "seeds".)
 
 Prints a table and writes results/lunarlander.json beside this file, and the learning
@@ -27,6 +28,7 @@ import contextlib
 import copy
 import hashlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -58,6 +60,7 @@ CURVE_EVERY = 10_000  # steps between two points of a learning curve
 LIBRARY_SEED = 0
 ZOO_STEPS = 1_000_000
 FRONTIER = (200_000, 300_000, 400_000)  # steps, below those of the settings
+FRONTIER_RATES = (0.0, 1.0)  # FINAL_RATE: the learning rate falls to 0, or never
 RESULTS = Path(__file__).parent / "results" / "lunarlander.json"
 CURVES = ROOT / "assets" / "lunarlander_learning_curves.png"
 
@@ -296,11 +299,13 @@ def draw(report: dict) -> None:
         returns = [float(number) for number in run.get("curve", "").split()]
         steps = CURVE_EVERY * np.arange(1, len(returns) + 1)
         axes.plot(steps, returns, color="C0", alpha=0.5)
-    for kind, marker in [("mean", "o"), ("worst", "v")]:
-        points = [(p["steps"], p[kind]) for p in frontier_of(report)]
-        label = f"trained for so many steps: {kind} of the seeds, greedy"
-        if points:
-            axes.plot(*zip(*points, strict=True), marker, color="C1", label=label)
+    for color, rate in zip(("C1", "C3"), FRONTIER_RATES, strict=True):
+        frontier = [p for p in frontier_of(report) if p["FINAL_RATE"] == rate]
+        for kind, marker in [("mean", "o"), ("worst", "v")]:
+            points = [(p["steps"], p[kind]) for p in frontier]
+            label = f"trained for so many steps, FINAL_RATE = {rate:g}: {kind} seed"
+            if points:
+                axes.plot(*zip(*points, strict=True), marker, color=color, label=label)
     axes.axhline(
         lesson.SOLVED_SCORE, color="green", linestyle="--", label="solved: 200"
     )
@@ -320,8 +325,9 @@ def frontier_of(report: dict) -> list[dict]:
     if points and runs:
         scores = [run["greedy mean"] for run in runs]
         mean = round(statistics.mean(scores), 1)
-        last = {"steps": runs[0]["steps"], "mean": mean, "worst": min(scores)}
-        points = [*points, {**last, "scores": scores}]
+        last = {"FINAL_RATE": lesson.FINAL_RATE, "steps": runs[0]["steps"]}
+        last |= {"mean": mean, "worst": min(scores), "scores": scores}
+        points = [*points, last]
     return points
 
 
@@ -371,6 +377,8 @@ def summarise(report: dict) -> dict:
     for point in frontier_of(report):
         for kind in ("mean", "worst"):
             name = f"{kind} of {len(point['scores'])} seeds, {point['steps']:,} steps"
+            if point["FINAL_RATE"] != lesson.FINAL_RATE:
+                name += f", FINAL_RATE = {point['FINAL_RATE']:g}"
             summary[name] = point[kind]
     return {name: value for name, value in summary.items() if value is not None}
 
@@ -424,13 +432,20 @@ def zoo() -> dict:
 
 
 def frontier() -> list[dict]:
-    """Today's settings, learning rate and all, with each number of steps."""
+    """Today's settings with each number of steps, and with each end of the rate."""
     points = []
-    for steps in FRONTIER:
-        runs = [train(seed, TOTAL_STEPS=steps)[0] for seed in SEEDS]
+    for rate, steps in itertools.product(FRONTIER_RATES, FRONTIER):
+        changes = {"FINAL_RATE": rate, "TOTAL_STEPS": steps}
+        runs = [train(seed, **changes)[0] for seed in SEEDS]
         scores = [run["greedy mean"] for run in runs]
-        mean = round(statistics.mean(scores), 1)
-        point = {"steps": steps, "mean": mean, "worst": min(scores)}
+        solved = sum(run["greedy episodes >= 200"] for run in runs)
+        point = {
+            "FINAL_RATE": rate,
+            "steps": steps,
+            "mean": round(statistics.mean(scores), 1),
+            "worst": min(scores),
+            "share of episodes >= 200": solved / len(runs) / lesson.HELD_OUT_EPISODES,
+        }
         print(point, flush=True)
         times = [run["seconds"] for run in runs]
         points.append({**point, "scores": scores, "seconds": times})
