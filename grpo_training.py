@@ -12,8 +12,7 @@ The algorithm in 6 steps
        texts people prefer (the bundled one: on made-up pairs). One number for a text.
     4. Compare within the group: a response's advantage is how far its reward is above
        the group's mean, in standard deviations (std). Lesson 3 has a critic for that.
-    5. Take a gradient step: make every token of the better responses likelier and every
-       token of the worse ones rarer. Go back to 2.
+    5. Take a gradient step: better responses likelier, worse ones rarer. Go back to 2.
     6. Compare fresh responses from before and after, and save the model.
 
 Symbols (G responses, L tokens in the longest, P in the prompt, V in the vocabulary)
@@ -32,16 +31,14 @@ Where this differs from the paper, and why
     step, 64 to a prompt, LR 1e-6 and KL_COEF 0.04. Here: one prompt a step; a larger
     LR, as there are only 50 steps; no KL, which saves a second copy of the model.
 
-Run it, and what you should see
-    python grpo_training.py      fetches 560 million weights from the Hugging Face Hub,
-    then 20 s a step on a CPU core. Offline, or with "grpo_tiny/policy" and
-    "grpo_tiny/reward" as model names, it runs small models, 25 s in all. Seed 0 then:
+Run it, and what you should see (manual: README.md; what goes wrong: tests/bugs/)
+    python grpo_training.py      fetches 560 million weights, then 20 s a step on a CPU
+    core. Offline it trains the small models of grpo_tiny/, 25 s in all. Seed 0 then:
         Step 0 | Reward -1.175 (std 1.633, max +2.764)
           loss 0 | KL 0 | entropy 1.12 | clipped 0 | length 60.6 | cut off 0.75 | ...
         Step 49 | Reward +2.138 (std 0.925, max +2.930)
           loss 0 | KL 0 | entropy 0.892 | clipped 0 | length 43.4 | cut off 0.125 | ...
-    Fresh responses: -0.748 before, +1.635 after. Loss 0 is right: see grpo_step. The
-    manual is in README.md; what goes wrong, and how it looks: tests/bugs/README.md.
+    Fresh responses: -0.748 before, +1.635 after. Loss 0 is right: see grpo_loss.
 
 Try this (bundled models, seeds 0-2; as it is, the median gain in reward is 2.4)
     * NUM_SAMPLES = 2: 0.2. A quarter of the data, and advantages always near +-0.71.
@@ -73,22 +70,24 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # What to run. A model is an id on the Hugging Face Hub, or a folder beside this script.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-POLICY_MODEL_NAME = "gpt2"  # or gpt2-medium, gpt2-large, EleutherAI/gpt-neo-125M,
-#                             EleutherAI/pythia-410m, facebook/opt-350m
-REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"  # or ...-v3-base
+# If the Hub is unreachable and both names are as here, the small models are used.
+POLICY_MODEL_NAME = "gpt2"  # others: README.md; the small one: "grpo_tiny/policy"
+REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"  # "grpo_tiny/reward"
 REWARD_FUNCTION = None  # or put def REWARD_FUNCTION(prompt, responses) in this line's
-#   place: it returns a number for each response, by a rule of your own or by a model
-#   that compares responses instead of scoring them (reciprocate/pairrm-hf)
-FALL_BACK_TO_TINY = True  # Hub out of reach and both names as above: use grpo_tiny/
+#                         place: it returns a number for each response (README.md)
 PROMPTS = ["Explain why regular exercise is important."]  # several are taken in turn
 USE_CHAT_TEMPLATE = True  # a chat model gets the prompt in the format it was trained on
 SEED = 0  # same seed, machine and versions: the same responses
+HELD_OUT_SEED = 1_000_000  # of the responses that measure the gain; SEED is far below
 
 # Budget
 NUM_STEPS = 50  # groups, each used for INNER_STEPS gradient steps
 NUM_SAMPLES = 8  # G, responses in a group, 2 or more; more: steadier gradient, slower
 MAX_NEW_TOKENS = 64  # longer responses are cut off; few: half sentences; many: slow
 EVAL_SAMPLES = 32  # responses to each prompt, before and after, to measure the gain
+MICRO_BATCH_SIZE = 8  # responses in one backward pass; fewer take less memory
+MIXED_PRECISION = "no"  # "bf16": compute in bfloat16, faster on GPUs; weights stay
+#                         float32: in bfloat16 a step of LR would be rounded away
 
 # Algorithm
 LR = 1e-5  # about how far AdamW, the optimizer, moves each weight in a step; too big:
@@ -108,16 +107,9 @@ SCALE_BY_STD = True  # divide advantages by the group's std; False: groups with 
 MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this (2.67 at step 0 is); big:
 #                      one odd group may throw the policy off; small: all count alike
 
-# Memory and speed
-MICRO_BATCH_SIZE = 8  # responses in one backward pass; fewer take less memory
-MIXED_PRECISION = "no"  # "bf16": compute in bfloat16, faster on GPUs; weights stay
-#                         float32: in bfloat16 a step of LR would be rounded away
-
 # Files
 SAVE_DIR = "trained_model"  # beside this script: model, tokenizer and learning curve
 USE_WANDB = False  # also send the figures to Weights & Biases (pip install wandb)
-
-HELD_OUT_SEED = 1_000_000  # for the responses that measure the gain
 
 # ------------------------------------------------------------------------------------
 # The equations
@@ -166,9 +158,8 @@ def completion_mask(completion_ids: torch.Tensor, eos_token_id: int) -> torch.Te
 
 def completion_log_probs(
     model: torch.nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    completion_length: int,
+    prompt_ids: torch.Tensor,
+    completion_ids: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
     """Log-probability of each token of the response, given all tokens before it.
@@ -178,27 +169,20 @@ def completion_log_probs(
     q is the prompt; the logits are the model's V outputs at each place, a score for
     every token that could come next. Minus this is known as the cross-entropy.
 
-    `input_ids` (G, P + L): prompt and response, whose length L is `completion_length`;
-    `attention_mask` (G, P + L): 0 where a row is only filled up, on either side. Gives
-    (G, L) float32. The model's output at one token is about the next: z_t is found one
-    place earlier, z_1 at the prompt's last token, and o_L need not be read.
+    `prompt_ids` (G, P) and `completion_ids` (G, L) int64 give (G, L) float32. The
+    model's output at one token is about the next: z_t is found one place earlier, z_1
+    at the prompt's last token, and o_L need not be read. An output depends on earlier
+    tokens only, so what fills a row up after its end changes nothing before it.
     By hand: two tokens, logits [0, ln 3], token 1 was drawn  ->  ln(3/4) = -0.2877.
     """
-    # Positions count from a row's first real token, should it be padded on the left.
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=input_ids[:, :-1],
-        attention_mask=attention_mask[:, :-1],
-        position_ids=position_ids[:, :-1],
-        use_cache=False,
-        logits_to_keep=completion_length,  # only those about the response: saves memory
-    ).logits  # (G, L, V), by far the largest tensor here
+    ids = torch.cat([prompt_ids, completion_ids], 1)[:, :-1]
+    length = completion_ids.shape[1]  # keep only the logits about these: saves memory
+    logits = model(ids, use_cache=False, logits_to_keep=length).logits  # (G, L, V)
     logits = logits.float() / temperature if temperature != 1 else logits.float()
-    tokens = input_ids[:, -completion_length:]
     cross_entropy = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), tokens.flatten(), reduction="none"
+        logits.flatten(0, 1), completion_ids.flatten(), reduction="none"
     )
-    return -cross_entropy.view_as(tokens)
+    return -cross_entropy.view_as(completion_ids)
 
 
 def kl_estimate(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
@@ -206,10 +190,10 @@ def kl_estimate(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.T
 
     k3 = pi_ref/pi - ln(pi_ref/pi) - 1      (printed as KL)
 
-    DeepSeekMath, eq. (4). Never negative, and 0 where both agree. Its mean over tokens
-    drawn from pi is KL(pi || pi_ref), with KL(p || q) = sum_v p(v) ln(p(v) / q(v)). The
-    mean of its *gradient*, though, is that of KL(pi_ref || pi), the two swapped. The
-    paper uses it all the same, and so do we.
+    DeepSeekMath, eq. (4); k3 is J. Schulman's name. Never negative, and 0 where both
+    agree. As pi_ref/pi - 1 is 0 on average over tokens drawn from pi, the mean of k3 is
+    KL(pi || pi_ref), with KL(p || q) = sum_v p(v) ln(p(v) / q(v)). The mean of its
+    *gradient* is that of KL(pi_ref || pi), roles swapped, as in the paper.
 
     Both (G, L), gives (G, L).
     By hand: pi = 0.5, pi_ref = 0.25  ->  0.5 - ln 0.5 - 1 = 0.1931.
@@ -243,8 +227,7 @@ def grpo_loss(
     is the sum over its tokens. (REINFORCE, lesson 1.) The divisions by length and std
     are no part of this. Dr. GRPO (arXiv 2503.20783) drops both: the first makes each
     token of a long response count less, the second makes groups with similar rewards
-    count more. DAPO (arXiv 2503.14476) takes one mean over all tokens of the group, and
-    lets rho rise further than it may fall.
+    count more.
 
     `log_probs`, `old_log_probs`, `ref_log_probs` (None without KL) and `mask` (G, L),
     `advantages` (G,); beta is `kl_coef`. Gives a scalar.
@@ -287,7 +270,7 @@ def draw_tokens(logits: torch.Tensor) -> torch.Tensor:
     to TOP_P or more. The same as sorting and cutting off the tail, but faster.
     """
     probs = (logits.float() / TEMPERATURE).softmax(1)
-    # To draw only one, PyTorch would make V random numbers a row: draw two and use one.
+    # To draw one, PyTorch would make a random number for each of V: draw two, use one.
     tokens = probs.multinomial(2, replacement=True)[:, :1]
     redraw = torch.full((len(probs),), TOP_P < 1, device=probs.device)
     while redraw.any():
@@ -323,16 +306,12 @@ def generate_group(
 
 @torch.no_grad()
 def score_responses(
-    reward_model: Model | None,
-    tokenizer: Tokenizer | None,
-    prompt: str,
-    responses: list[str],
+    model: Model | None, tokenizer: Tokenizer | None, prompt: str, responses: list[str]
 ) -> torch.Tensor:
     """Rewards (n,) float32, one for each pair of the prompt and a response.
 
     The reward model's tokenizer joins a pair with its own marks between the two, as the
-    model was trained. A pair that is too long loses the end of the response, never the
-    prompt. REWARD_FUNCTION, if there is one, is asked instead of the reward model.
+    model was trained. A pair that is too long loses the end of the response.
     """
     if REWARD_FUNCTION is not None:
         rewards = torch.tensor(REWARD_FUNCTION(prompt, responses), device=DEVICE)
@@ -343,19 +322,15 @@ def score_responses(
             truncation="only_second",
             padding=True,
             return_tensors="pt",
-        ).to(reward_model.device)
-        rewards = reward_model(**inputs).logits[:, 0]
+        ).to(model.device)
+        rewards = model(**inputs).logits[:, 0]
     if rewards.shape != (len(responses),) or not rewards.isfinite().all():
         sys.exit(f"Not a finite reward for each response: {rewards.tolist()}")
     return rewards.float()
 
 
 def evaluate(
-    accelerator: Accelerator,
-    policy: Model,
-    tokenizer: Tokenizer,
-    reward_model: Model | None,
-    reward_tokenizer: Tokenizer | None,
+    accelerator: Accelerator, policy: Model, tokenizer: Tokenizer, *judge: object
 ) -> torch.Tensor:
     """Rewards (len(PROMPTS) * EVAL_SAMPLES,) of responses that are not trained on."""
     set_seed(HELD_OUT_SEED, device_specific=True)  # plus the number of the process
@@ -363,7 +338,7 @@ def evaluate(
     for prompt in PROMPTS:
         _, completion_ids = generate_group(policy, tokenizer, prompt, share)
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        scores = score_responses(reward_model, reward_tokenizer, prompt, texts)
+        scores = score_responses(*judge, prompt, texts)  # judge: model and tokenizer
         rewards.append(accelerator.gather(scores))
     return torch.cat(rewards)
 
@@ -375,28 +350,24 @@ def evaluate(
 
 def batch_log_probs(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     """Log-probabilities (G, L) of the responses in a batch, or a part of one."""
-    prompt_ids, mask = batch["prompt_ids"], batch["mask"]
-    input_ids = torch.cat([prompt_ids, batch["completion_ids"]], 1)
-    attention_mask = torch.cat([torch.ones_like(prompt_ids), mask], 1)
-    length = mask.shape[1]
-    return completion_log_probs(model, input_ids, attention_mask, length, TEMPERATURE)
+    prompt_ids, completion_ids = batch["prompt_ids"], batch["completion_ids"]
+    return completion_log_probs(model, prompt_ids, completion_ids, TEMPERATURE)
 
 
 @torch.no_grad()
 def diagnose(log_probs: torch.Tensor, batch: dict) -> torch.Tensor:
-    """What to watch: 1 to 3 are means over a response's tokens; all, over responses.
+    """What to watch: 1 to 3 averaged over each response's tokens, all over responses.
 
     1. KL: k3, how far the policy is from the reference: 0 to 0.1 is near, 1 is far.
     2. entropy: how undecided the policy is, in nats (the unit of ln) a token: -ln pi.
-       Near 0, one answer is left. Too low if TOP_P < 1: no unlikely tokens are drawn.
+       Near 0, one answer is left. A little too low if TOP_P < 1: no unlikely tokens.
     3. The share of tokens past the edge of the clip, which are pushed no further.
     4. The length in tokens. 5. The share of responses MAX_NEW_TOKENS long.
     """
-    mask, ref_log_probs = batch["mask"], batch["ref_log_probs"]
-    kl = torch.zeros_like(log_probs)
-    if ref_log_probs is not None:
-        kl = kl_estimate(log_probs, ref_log_probs)
+    mask, ref = batch["mask"], batch["ref_log_probs"]
+    kl = kl_estimate(log_probs, log_probs if ref is None else ref)  # 0 without KL
     moved = (log_probs - batch["old_log_probs"]).exp() - 1
+    # rho above 1 + eps where A > 0, below 1 - eps where A < 0
     past_edge = moved * batch["advantages"].sign().unsqueeze(1) > CLIP_EPS
     length = mask.sum(1)
     sums = torch.stack([kl, -log_probs, past_edge]).masked_fill(mask == 0, 0.0).sum(2)
@@ -413,14 +384,13 @@ def grpo_step(
     """INNER_STEPS gradient steps from one group, MICRO_BATCH_SIZE responses at a time.
 
     With INNER_STEPS = 1 the policy that learns is still the one that wrote: every ratio
-    is exactly 1, the clip never acts, and the printed loss is 0 (without KL) update
-    after update, while its gradient trains. With 2, the second gradient step meets a
-    policy that has moved: ratios spread around 1, and the clip can act.
+    is exactly 1, and the clip never acts. A second gradient step meets a policy that
+    has moved: ratios spread around 1, and the clip can act.
     On several processes each has a share of the group; Accelerate averages gradients.
 
     `batch` holds `prompt_ids` (G, P), `completion_ids` and `mask` (G, L), `advantages`
-    (G,). Gives, of the last gradient step, the loss, the figures of `diagnose` and the
-    length of the gradient. A loss that is not finite ends the program before its step.
+    (G,). Gives the loss, the figures of `diagnose` and the length of the gradient, of
+    the last gradient step.
     """
     responses = len(batch["mask"])
     parts = [
@@ -437,15 +407,9 @@ def grpo_step(
                 if reference is not None:
                     with torch.no_grad():
                         part["ref_log_probs"] = batch_log_probs(reference, part)
-            loss = grpo_loss(
-                log_probs,
-                part["old_log_probs"],
-                part["ref_log_probs"],
-                part["advantages"],
-                part["mask"],
-                CLIP_EPS,
-                KL_COEF,
-            )
+            old, ref = part["old_log_probs"], part["ref_log_probs"]
+            advantages, mask = part["advantages"], part["mask"]
+            loss = grpo_loss(log_probs, old, ref, advantages, mask, CLIP_EPS, KL_COEF)
             weight = len(log_probs) / responses  # so that the parts add up to the mean
             accelerator.backward(weight * loss)  # adds to the gradient of earlier parts
             watched = torch.cat([loss.detach().view(1), diagnose(log_probs, part)])
@@ -469,11 +433,9 @@ def main() -> None:
     """Train the policy on NUM_STEPS groups, compare before and after, save it."""
     check_settings()
     accelerator = start_accelerator()
-    where = f"{accelerator.num_processes} x {accelerator.device}"
-    accelerator.print(
-        f"GRPO on {where}, {NUM_STEPS} steps. Watch the reward, not the loss."
-    )
-    share = NUM_SAMPLES // accelerator.num_processes  # of each group, for this process
+    where = f"{accelerator.num_processes} x {accelerator.device}, {NUM_STEPS} steps"
+    accelerator.print(f"GRPO on {where}. Watch the reward, not the loss.")
+    size = NUM_SAMPLES // accelerator.num_processes  # of this process's share
 
     # 1. The policy, the reward model, and, with KL, a frozen copy of the first policy.
     writer, tokenizer, *judge = load_models()
@@ -493,9 +455,7 @@ def main() -> None:
             prompt = PROMPTS[step % len(PROMPTS)]
 
             # 2. Write this process's share of a group.
-            prompt_ids, completion_ids = generate_group(
-                writer, tokenizer, prompt, share
-            )
+            prompt_ids, completion_ids = generate_group(writer, tokenizer, prompt, size)
             texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
 
             # 3. Score it, and collect the rewards of the whole group.
@@ -511,7 +471,7 @@ def main() -> None:
                     "prompt_ids": prompt_ids,
                     "completion_ids": completion_ids,
                     "mask": completion_mask(completion_ids, tokenizer.eos_token_id),
-                    "advantages": advantages.split(share)[accelerator.process_index],
+                    "advantages": advantages.split(size)[accelerator.process_index],
                 }
                 figures = grpo_step(accelerator, policy, reference, optimizer, batch)
             history.append(rewards.cpu())
@@ -554,8 +514,7 @@ def check_settings() -> None:
         "PROMPTS: a list of texts": isinstance(PROMPTS, list) and any(PROMPTS),
         "SEED: from 0 to 499,999": 0 <= SEED < 500_000,
         f"NUM_SAMPLES, EVAL_SAMPLES: from 2, shared by {processes} processes": all(
-            samples >= 2 and samples % processes == 0
-            for samples in (NUM_SAMPLES, EVAL_SAMPLES)
+            n >= 2 and n % processes == 0 for n in (NUM_SAMPLES, EVAL_SAMPLES)
         ),
         "NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE: from 1": all(
             n >= 1 for n in (NUM_STEPS, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE)
@@ -635,7 +594,7 @@ def load_models() -> tuple[Model, Tokenizer, Model | None, Tokenizer | None]:
     if None in found:
         missing = names[found.index(None)]
         line = f"{missing} is not here, and the Hugging Face Hub cannot be reached"
-        if not FALL_BACK_TO_TINY or not DEFAULT_MODELS.issuperset(names):
+        if not DEFAULT_MODELS.issuperset(names):
             sys.exit(f"{line}: connect to the internet, or name a folder with a model.")
         PartialState().print(f"{line}: falling back to the models in grpo_tiny/.")
         found = [str(TINY_MODELS / "policy"), str(TINY_MODELS / "reward")]

@@ -6,19 +6,18 @@ What you will learn
     1,000 steps. A crash pays -100, rest +100, getting nearer and slower a little.
 
 The algorithm in 6 steps
-    1. Make an actor (the policy: a probability for each action) and a critic (predicts
-       the return: the sum of the rewards to come, later ones discounted).
+    1. Make an actor (a probability for each action) and a critic (predicts the return).
     2. Fly T steps in N copies side by side (a rollout), drawing actions from the actor.
     3. Compute advantages: how much better each action was than the critic predicted.
     4. For a few epochs over this batch, in random minibatches: make actions with a
        positive advantage likelier and the others rarer, each pushed no further once its
        probability has moved 20 % that way; keep some entropy; fit V to the returns.
     5. Lower the learning rate and go back to 2, until the steps are spent.
-    6. Score the agent on held-out episodes, which training never flew.
+    6. Score the agent, greedy (always the likeliest action), on held-out episodes.
 
 Symbols (T steps, N copies, D = 8 inputs, A = 4 actions; B = T*N rows, or a minibatch)
     pi(a|s)  actor         probability of action a in state s: softmax of logits (B, A)
-    V(s)     critic        (B,): the return that it predicts from state s on
+    V(s)     critic        (B,): predicted return: discounted rewards from state s on
     s_t      observations  (T, N, D): position, velocity, angle, spin, two leg contacts
     a_t      actions       (T, N): 0 nothing, 1 left, 2 main, 3 right engine
     r_t      rewards       (T, N): of the step from s_t to s_{t+1}; scaled in make_batch
@@ -33,23 +32,14 @@ Where this differs from the papers, and why (PPO: arXiv 1707.06347, GAE: 1506.02
       0-2); 218 without the first, 239 without the second, 179 without PPO's clip. Long
       gradients are shortened, weights start orthogonal: 255 and 260 without.
 
-Run it, and what you should see
+Run it, and what you should see (columns: see `diagnose`; what goes wrong: tests/bugs/)
     python lunarlander_ppo.py     55 seconds on one core of a server CPU, no GPU
-
     return  length      steps  steps/s      KL  clipped  entropy  explained
      -32.2     126     40,960   15,816  0.0067       8%    1.134       0.75
      252.7     264    204,800   15,599  0.0038       6%    0.672       0.84
      278.2     181    847,872   14,369  0.0000       0%    0.493       0.99
-
-    Seeds 0-9, 100 held-out greedy episodes each: 278.9 on average, 276.3 for the worst
-    seed; 99.5 % of them score 200 or more. Seed 0 is shipped. One episode has a std of
-    about 20, so a mean of 100 is known to 20 / sqrt(100) = 2. Healthy values of the
-    columns: see `diagnose`. What goes wrong, and how it looks: tests/bugs/.
-
-To change the task
-    Edit ENV_ID, OBSERVATION_SIZE and ACTIONS (numbers in, actions), WEIGHTS_PATH and
-    CURVE_PATH (or the lander's are overwritten); REWARD_SCALE: returns near 1. Scores
-    (seeds 0, 1): "CartPole-v1" (4, 2) 500 and 500, "Acrobot-v1" (6, 3) -72 and -72.
+    This was seed 0, which is shipped. Seeds 0-9, 100 held-out greedy episodes each:
+    278.9 on average (known to about 2), 276.3 for the worst; 99.5 % reach 200 or more.
 
 Try this (seed 0; a run that ends above 200 replaces the shipped weights)
     * TOTAL_STEPS = 400_000: half the wait; seeds 0-9 score 263.1, the worst one 248.3.
@@ -57,16 +47,16 @@ Try this (seed 0; a run that ends above 200 replaces the shipped weights)
     * EPOCHS = 20, TOTAL_STEPS = 160_000: each step is used five times as often; 262.7.
     * MINIBATCH_SIZE = 4_096, TOTAL_STEPS = 400_000: one gradient step an epoch; -48.5:
       it lands, but then fires its engines on the ground until the time is up.
+    * Another task: edit ENV_ID, OBSERVATION_SIZE, ACTIONS (CartPole-v1: 4 and 2), both
+      paths, and REWARD_SCALE so that returns are near 1.
 """
 
-import contextlib
 import math
 import os
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
@@ -92,8 +82,7 @@ REPORT_EVERY = 10  # updates between two lines of the table
 
 # Collecting
 NUM_ENVS = 16  # copies flown side by side; few: slower; many: fewer updates
-ROLLOUT_STEPS = 256  # of each copy in an update; few: the landing is out of sight;
-#                      many: the policy is updated too rarely
+ROLLOUT_STEPS = 256  # in an update; few: the landing is out of sight; many: few updates
 
 # Learning
 EPOCHS = 4  # over each batch; few: little is learnt from it; many: slower, and the last
@@ -101,20 +90,18 @@ EPOCHS = 4  # over each batch; few: little is learnt from it; many: slower, and 
 MINIBATCH_SIZE = 512  # rows in a gradient step; small: slow, noisy; big: too few steps
 LEARNING_RATE = 2e-3  # of Adam, at the start; too big: it settles on a bad habit; too
 #                       small: TOTAL_STEPS is over before it lands
-FINAL_RATE = 0.0  # share of LEARNING_RATE that is left at the end; 1: it never falls,
-#                   which is better if TOTAL_STEPS is small
+FINAL_RATE = 0.0  # share of LEARNING_RATE left at the end; 1: better for short runs
 GAMMA = 0.995  # discount of a reward one step later: looks about 1 / (1 - 0.995) = 200
 #                steps ahead, a landing's length; high: it dawdles; low: short-sighted
-GAE_LAMBDA = 0.98  # 0: one reward, then the critic's word; 1: all rewards; see `gae`;
-#                    low: the critic's errors mislead; high: chance does
+GAE_LAMBDA = 0.98  # low: the critic's errors mislead; high: noise does; see `gae`
 CLIP_EPS = 0.2  # how far the ratio may move from 1 before the push stops; small: it
 #                 learns slowly; big: the policy outruns its data
 ENTROPY_BONUS = 0.003  # what staying undecided is worth; too little: it may settle too
 #                        soon (400,000 steps do not show it); much: it never settles
-VALUE_WEIGHT = 0.5  # of the critic's loss; works through MAX_GRAD_NORM alone: too big,
-#                     and the critic's gradient takes nearly all of that length
+VALUE_WEIGHT = 0.5  # of the critic's loss. Adam ignores the scale of a loss, so this
+#                     only sets the critic's share of MAX_GRAD_NORM; big: nearly all
 MAX_GRAD_NORM = 0.5  # a longer gradient (both networks as one) is shortened to this;
-#                      small: faint ones count like clear ones; big: outliers can jerk
+#                      small: faint ones count like clear ones; big: outliers act fully
 REWARD_SCALE = 0.01  # rewards reach +-100; the critic learns fastest on returns near 1
 HIDDEN_UNITS = 64  # width of both hidden layers; few: it flies crudely; many: slower
 
@@ -145,14 +132,12 @@ def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
 
 
 def network(hidden_units: int, outputs: int, last_gain: float) -> nn.Sequential:
-    """Two hidden layers: observations (B, D) -> (B, outputs).
-
-    ReLU turns about half of the numbers to 0; a gain of sqrt(2) makes up for it.
-    """
+    """Two hidden layers: observations (B, D) -> (B, outputs)."""
+    gain = math.sqrt(2)  # makes up for ReLU, which turns about half of the numbers to 0
     return nn.Sequential(
-        linear(OBSERVATION_SIZE, hidden_units, math.sqrt(2)),
+        linear(OBSERVATION_SIZE, hidden_units, gain),
         nn.ReLU(),
-        linear(hidden_units, hidden_units, math.sqrt(2)),
+        linear(hidden_units, hidden_units, gain),
         nn.ReLU(),
         linear(hidden_units, outputs, last_gain),
     )
@@ -189,14 +174,13 @@ def gae(rewards, values, next_values, terminated, ended, gamma, lam) -> Tensor:
     word; little noise, but as wrong as the critic is (bias). At 1 the values in between
     cancel: A_t = r_t + gamma r_{t+1} + ... + gamma^k V(s_{t+k}) - V(s_t), if rollout or
     time limit cut after k steps (after a real end no V follows). Only the last V is a
-    guess, but the chance of all k steps is in it (variance).
+    guess, but the luck of all k steps is in it (variance).
 
     `terminated` (landed or crashed) cuts the value: no reward can follow.
     `ended` (terminated, or truncated by the time limit) cuts the sum: row t+1 belongs
     to another episode. A truncated lander would have flown on, so V(s_{t+1}) stays.
-    One flag for both is wrong. With `ended` in both places, V learns that nothing comes
-    after the time limit; with `terminated` in both, the advantages of the next episode
-    leak back across the reset into this one.
+    With `ended` in both places V would learn that nothing follows the time limit; with
+    `terminated` in both, the next episode's advantages would leak into this one.
 
     All arguments (T, N) float32, flags 0 or 1; `next_values` holds V(s_{t+1}) of what
     the step really led to, also where the copy was then reset. Gives advantages (T, N).
@@ -284,8 +268,7 @@ def make_envs(copies: int) -> SyncVectorEnv:
     """N landers side by side, moved one after another by one call of `step`.
 
     SAME_STEP: a copy whose episode ends is reset in that same call. (In NEXT_STEP mode,
-    the default, the step after an end is a dummy that must not be trained on.) A step
-    takes less time than a message to another process would: AsyncVectorEnv is slower.
+    the default, the step after an end is a dummy that must not be trained on.)
     """
     make = [lambda: RecordEpisodeStatistics(make_env())]  # notes return and length
     return SyncVectorEnv(make * copies, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -300,6 +283,7 @@ def collect(envs: SyncVectorEnv, actor: nn.Module, observations: np.ndarray) -> 
     the copies stand now, and (return, length) of each episode that ended.
     """
     # Faster than Categorical(...).sample(), same probabilities (the Gumbel-max trick):
+    # an exponential draw divided by pi(a) is smallest at a with probability pi(a), so
     # argmax(logits - ln(exponential draws)) is a draw from softmax(logits).
     shape = (ROLLOUT_STEPS, envs.num_envs, ACTIONS)
     noise = -torch.empty(shape).exponential_().log().numpy()
@@ -322,8 +306,7 @@ def collect(envs: SyncVectorEnv, actor: nn.Module, observations: np.ndarray) -> 
     names = ["observations", "actions", "next_observations"]
     names += ["rewards", "terminated", "ended"]
     columns = [torch.from_numpy(np.array(column)) for column in zip(*rows, strict=True)]
-    rollout = dict(zip(names, columns, strict=True))
-    return rollout, observations, finished
+    return dict(zip(names, columns, strict=True)), observations, finished
 
 
 @torch.no_grad()
@@ -333,8 +316,7 @@ def make_batch(agent: ActorCritic, rollout: dict[str, Tensor]) -> dict[str, Tens
     Values and log-probabilities can wait until here: the weights are still the same.
 
     Gives `observations` (B, D) and (B,) each: `actions`, `old_log_probs`, `values`,
-    `advantages`, normalised over the batch, and the critic's target `returns`, the
-    advantages plus the values: V(s_t), corrected by how much better it went.
+    `advantages`, normalised over the batch, and `returns`, the critic's target.
     """
     observations = rollout["observations"].flatten(0, 1)
     actions = rollout["actions"].flatten()
@@ -356,9 +338,7 @@ def make_batch(agent: ActorCritic, rollout: dict[str, Tensor]) -> dict[str, Tens
 
 
 @torch.no_grad()
-def evaluate(
-    policy: Callable[[Tensor], Tensor], episodes: int, first_seed: int, greedy: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def evaluate(policy: Callable, episodes: int, first_seed: int, greedy: bool) -> tuple:
     """Fly episodes side by side, number i from seed first_seed + i.
 
     `policy` turns observations (B, D) into logits (B, A); `greedy` takes the likeliest
@@ -405,9 +385,7 @@ def ppo_loss(agent: ActorCritic, batch: dict[str, Tensor]) -> Tensor:
     return policy_loss + VALUE_WEIGHT * value_loss - ENTROPY_BONUS * entropies.mean()
 
 
-def learn(
-    agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
-) -> None:
+def learn(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: dict) -> None:
     """Go over the batch EPOCHS times, a gradient step for each random minibatch."""
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(batch["actions"])).split(MINIBATCH_SIZE):
@@ -424,17 +402,16 @@ def diagnose(agent: ActorCritic, batch: dict[str, Tensor]) -> tuple[float, ...]:
 
     KL         mean_t( rho_t - 1 - ln rho_t ), an estimate of the Kullback-Leibler
                divergence KL(pi_old || pi) = mean(-ln rho): how far the policy moved.
-               0.001 to 0.02, then towards 0 with the rate; above 0.1 the policy outruns
-               its data (without the clip: 0.07 to 1.8).
+               (rho - 1 is 0 on average and makes every term >= 0: less noise.) 0.001
+               to 0.02, then 0 with the rate; above 0.1 the policy outruns its data.
     clipped    Share of actions whose ratio left the range 1 +- CLIP_EPS. 5 to 20 % at
                first, then less; 0 as the rate falls. Above 25 % for long: LEARNING_RATE
                or EPOCHS too big; 0 from the start: too small.
     entropy    From 1.38 down to 1 in 100,000 steps and 0.5 at the end. 0 early on: it
                tries nothing else any more; still 1.3: ENTROPY_BONUS too big.
-    explained  1 - var(G - V) / var(G), how well the critic predicted: 1 is perfect, 0
-               no better than a constant, below 0 worse. 0 to 0.7 in the first ten
-               updates, then above 0.7, with dips when something new happens. Near 0 or
-               below for longer: the critic does not learn (see REWARD_SCALE).
+    explained  1 - var(G - V) / var(G): 1 if the critic predicts perfectly, 0 or less if
+               no better than a constant. 0 to 0.7 in the first ten updates, then above
+               0.7 with dips; near 0 for longer: it does not learn (see REWARD_SCALE).
     """
     logits = agent.actor(batch["observations"])
     log_probs, entropies = log_probs_and_entropy(logits, batch["actions"])
@@ -471,12 +448,8 @@ def main() -> None:
     updates = TOTAL_STEPS // (NUM_ENVS * ROLLOUT_STEPS)
     history, steps, start = [], 0, time.perf_counter()
 
-    with keep_unfinished_run(
-        lambda: save_run(agent, history, "_interrupted", steps=steps)
-    ) as stopped:
+    try:
         for update in tqdm(range(updates), unit="update", leave=False, disable=None):
-            if stopped:
-                sys.exit(f"Stopped after {steps:,} steps.")
             # 2. Fly.
             rollout, observations, finished = collect(envs, agent.actor, observations)
             steps += rollout["rewards"].numel()
@@ -503,6 +476,10 @@ def main() -> None:
         score = scores.mean().item()
         suffix = "" if score >= SOLVED_SCORE else "_unsolved"
         names = save_run(agent, history, suffix, steps=steps, greedy_score=score)
+    except BaseException:  # Ctrl-C or an error: keep the run, then show what ended it
+        kept = save_run(agent, history, "_interrupted", steps=steps)
+        print(f"\nThis run is kept in {kept}; older weights are as they were.")
+        raise
     spread = f"std {scores.std():.1f}, minimum {scores.min():.1f}"
     print(f"\nGreedy on {len(scores)} held-out episodes: mean {score:.1f}, {spread}.")
     if suffix:
@@ -520,26 +497,21 @@ def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
     counts = TOTAL_STEPS, REPORT_EVERY, NUM_ENVS, ROLLOUT_STEPS, EPOCHS, MINIBATCH_SIZE
     counts += HIDDEN_UNITS, HELD_OUT_EPISODES
+    shares, sizes = (FINAL_RATE, GAMMA, GAE_LAMBDA), (CLIP_EPS, MAX_GRAD_NORM)
     last_seed, rows = (SEED + 1) * NUM_ENVS, NUM_ENVS * ROLLOUT_STEPS
-    folders = Path(WEIGHTS_PATH).parent, Path(CURVE_PATH).parent
-    files = all(os.access(folder, os.W_OK) for folder in folders)
+    files = all(os.access(p.parent, os.W_OK) for p in (WEIGHTS_PATH, CURVE_PATH))
     rules = {
-        "SEED must be from 0 up, (SEED + 1) * NUM_ENVS at most HELD_OUT_SEED": (
-            SEED >= 0 and last_seed <= HELD_OUT_SEED
-        ),
+        "SEED: from 0": SEED >= 0,
+        "(SEED + 1) * NUM_ENVS: at most HELD_OUT_SEED": last_seed <= HELD_OUT_SEED,
         "TOTAL_STEPS, REPORT_EVERY, NUM_ENVS, ROLLOUT_STEPS, EPOCHS, MINIBATCH_SIZE, "
-        "HIDDEN_UNITS and HELD_OUT_EPISODES must be from 1": min(counts) >= 1,
-        "TOTAL_STEPS must be NUM_ENVS * ROLLOUT_STEPS or more": rows <= TOTAL_STEPS,
-        "LEARNING_RATE must be above 0 and at most 1": 0 < LEARNING_RATE <= 1,
-        "FINAL_RATE must be from 0 to 1": 0 <= FINAL_RATE <= 1,
-        "GAMMA must be from 0 to 1": 0 <= GAMMA <= 1,
-        "GAE_LAMBDA must be from 0 to 1": 0 <= GAE_LAMBDA <= 1,
-        "CLIP_EPS must be above 0": CLIP_EPS > 0,
-        "ENTROPY_BONUS must be 0 or more": ENTROPY_BONUS >= 0,
-        "VALUE_WEIGHT must be 0 or more": VALUE_WEIGHT >= 0,
-        "MAX_GRAD_NORM must be above 0": MAX_GRAD_NORM > 0,
-        "REWARD_SCALE must be above 0": REWARD_SCALE > 0,
-        "WEIGHTS_PATH and CURVE_PATH must be in folders that can be written to": files,
+        "HIDDEN_UNITS, HELD_OUT_EPISODES: from 1": min(counts) >= 1,
+        "TOTAL_STEPS: at least NUM_ENVS * ROLLOUT_STEPS": rows <= TOTAL_STEPS,
+        "LEARNING_RATE: above 0, at most 1": 0 < LEARNING_RATE <= 1,
+        "FINAL_RATE, GAMMA, GAE_LAMBDA: from 0 to 1": all(0 <= x <= 1 for x in shares),
+        "CLIP_EPS, MAX_GRAD_NORM: above 0": all(x > 0 for x in sizes),
+        "REWARD_SCALE: above 0": REWARD_SCALE > 0,
+        "ENTROPY_BONUS, VALUE_WEIGHT: from 0": ENTROPY_BONUS >= 0 and VALUE_WEIGHT >= 0,
+        "WEIGHTS_PATH, CURVE_PATH: in folders that can be written to": files,
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
@@ -566,34 +538,13 @@ def report_line(history: list, steps: int, speed: float, numbers: tuple) -> str:
     )
 
 
-@contextlib.contextmanager
-def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
-    """Whatever ends the lines inside early, `save()` keeps the run so far.
-
-    Ctrl-C or `kill` only leaves a mark in the list that this gives; main() looks at it
-    once an update. An exception would have to cross Box2D, which swallows it.
-    """
-    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(n, lambda *_: stopped.append(True)) for n in numbers]
-    try:
-        yield stopped
-    except BaseException:
-        print(f"\nThis run is kept in {save()}; older weights are as they were.")
-        raise
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
 def save_run(agent: ActorCritic, history: list, suffix: str = "", **facts) -> str:
     """Write weights and curve, with `suffix` added to both names; give the names.
 
     The weights are written aside and then renamed: the file is whole or not there.
     """
-    paths = Path(WEIGHTS_PATH), Path(CURVE_PATH)
-    path, curve = (path.with_stem(path.stem + suffix) for path in paths)
-    units = len(agent.actor[0].weight)
-    facts |= {"env_id": ENV_ID, "seed": SEED, "hidden_units": units}
+    path, curve = (p.with_stem(p.stem + suffix) for p in (WEIGHTS_PATH, CURVE_PATH))
+    facts |= {"env_id": ENV_ID, "seed": SEED, "hidden_units": HIDDEN_UNITS}
     with tempfile.TemporaryDirectory(".tmp", path.name, path.parent) as folder:
         temporary = Path(folder, path.name)
         torch.save({"weights": agent.state_dict(), **facts}, temporary)
@@ -622,14 +573,13 @@ def draw_learning_curve(history: list, path: Path | str) -> None:
     """Write a picture of (steps so far, return, length) of the episodes, in order."""
     steps, returns, _ = np.array(history).reshape(-1, 3).T
     last_100 = [np.mean(returns[max(0, i - 99) : i + 1]) for i in range(len(returns))]
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 4), dpi=120, layout="constrained").subplots()
     axes.plot(steps, returns, ".", color="0.7", markersize=3, label="one episode")
     axes.plot(steps, last_100, label="mean of the last 100")
     axes.axhline(SOLVED_SCORE, color="green", linestyle="--", label="solved")
     axes.set(title=f"PPO on {ENV_ID}", xlabel="steps", ylabel="return")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    axes.figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,17 @@ What you will learn
 The algorithm in 7 steps
     1. Start from an actor (the policy: how likely is each move?) and a critic (how will
        the game end?) that know nothing. The opponent is a frozen copy of the actor.
-    2. Play many whole games against it, the learner moving first in half of them. The
-       opponent makes some of its moves at random: from none to half, by the game.
-    3. Give each move of the learner its return: +1 for a game won, 0 drawn, -1 lost.
-    4. Subtract what the critic expected. What is left is the advantage: did the game
-       end better or worse than expected from this position?
+    2. Play many whole games against it, the learner moving first in half of them. Each
+       game has its own share of random moves of the opponent, from none to half.
+    3. Give each move of the learner its return: +1 for a game won, 0 drawn, -1 lost. A
+       bad move in a won game gets +1 too; over many games the good ones get it more.
+    4. Subtract what the critic expected. What is left is the advantage of the move.
     5. Take one gradient step. The actor makes moves with a positive advantage more
        likely, and gets a bonus for variety (entropy); the critic moves its expectation
        towards the returns. The bonus and the size of the steps shrink with time.
     6. Every REFRESH_EVERY updates the opponent becomes a copy of what the actor is now.
     7. Repeat from 2, at least NUM_UPDATES times, until the agent (always the actor's
-       most likely move) loses no line of play: no game that any opponent can bring
-       about. Then save.
+       most likely move) loses no line of play, whatever its opponent does. Then save.
 
 Symbols (T steps of one move each; N games side by side; B moves of the learner in all)
     s_t         observations   (T, N, 9)  stones: +1 side to move, -1 other side, 0 none
@@ -30,9 +29,8 @@ Symbols (T steps of one move each; N games side by side; B moves of the learner 
     ln pi(a|s)  log_probs      (B,)       log-probability of the move that was made
 
 Where this differs from the book (Sutton & Barto, 2nd ed., chapter 13), and why
-    * Its actor-critic (13.5) lets the critic complete a return that was cut short. Our
-      games are short, so we wait for the end: "REINFORCE with baseline" (13.4), without
-      a discount (gamma = 1). Lesson 3 lets the critic look ahead.
+    * Our games are short, so we wait for their end: "REINFORCE with baseline" (13.4),
+      without a discount (gamma = 1). In 13.5, as in lesson 3, the critic looks ahead.
     * An entropy bonus, as in A3C (Mnih et al., 2016), so that no branch is forgotten.
 
 Run it, and what you should see
@@ -45,23 +43,17 @@ Run it, and what you should see
             99.0      91.6         0         0      800           0.582    0.0114
     What goes wrong, and how it looks: tests/bugs/.
 
-Try this (medians of seeds 0-2)
+Try this (medians of seeds 0-2; the Settings say why)
     * ENTROPY_BONUS = 0.0: 143 lines of play are lost after 1,600 updates.
-    * MAX_RANDOM_CHANCE = 0.0: none is lost, but the wins against random play fall to
-      94.8 and 80.4 %: it has not seen enough blunders to punish them all.
-    * REFRESH_EVERY = 2_000, an opponent that never learns: 92.6 % wins moving second,
-      but 8 lines of play lost. It pays to gamble against a beginner.
-    * Another game for two: write its environment like tictactoe_env.py, then edit
-      ENV_ID, PLIES, the import of its rules, and here the 9s (cells, moves).
+    * MAX_RANDOM_CHANCE = 0.0: none is lost, but the wins fall to 94.8 and 80.4 %.
+    * REFRESH_EVERY = 2_000 (never): 92.6 % wins moving second, but 8 lines are lost.
 """
 
-import contextlib
 import copy
 import hashlib
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
@@ -90,15 +82,14 @@ REPORT_EVERY = 50  # updates between two checks of every line of play
 GAMES_PER_UPDATE = 512  # more is steadier but slower; in half the learner moves first
 REFRESH_EVERY = 20  # updates between two new opponents; never: it learns to gamble on
 #                     a beginner's blunders
-MAX_RANDOM_CHANCE = 0.5  # a game draws from 0 to this the chance that a move of its
-#                          opponent is random; at 0 it sees too few blunders to punish
+MAX_RANDOM_CHANCE = 0.5  # the largest share of random moves in step 2; 0: too few
+#                          blunders are seen to learn how each is punished
 LEARNING_RATE = 0.01  # size of Adam's first steps; too small needs more updates
-ENTROPY_BONUS = 0.25  # what a nat of variety is worth, a won game being 1; too little
-#                       and whole branches of the game are never tried again
+ENTROPY_BONUS = 0.25  # of a nat (a won game is 1); too little: whole branches of the
+#                       game are never tried again
 LAST_SHARE = 0.05  # share of both that is left after NUM_UPDATES; 1: they never shrink
 HIDDEN_UNITS = 64  # width of both hidden layers
-# Hence an update is one gradient step on about 2,000 moves: 512 games with 4 moves of
-# the learner in each. A run has 800 updates, 409,600 games and 40 opponents.
+# Hence an update is one gradient step on about 2,000 moves, 4 of the learner in a game.
 
 # Files, written beside this script
 ACTOR_PATH = Path(__file__).with_name("tictactoe_actor.pth")
@@ -169,11 +160,8 @@ def mask_illegal(logits: torch.Tensor, action_mask: torch.Tensor) -> torch.Tenso
 # The equations
 # ------------------------------------------------------------------------------------
 
-# One number is minimised, and its three parts are functions below:
-#
-#     loss = actor_loss - entropy_bonus + critic_loss
-#
-# The first two train the actor, the last one trains the critic.
+# main() minimises  actor_loss - entropy_bonus + critic_loss.  The first two parts train
+# the actor, the last one trains the critic.
 
 
 def subtract_values(returns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -202,7 +190,7 @@ def actor_loss(log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.Tenso
 
     loss = -mean_t( A_t * ln pi(a_t | s_t) )
 
-    Sutton & Barto, eq. (13.11): theta <- theta + alpha (G_t - b(s_t)) grad ln pi.
+    Sutton & Barto, eq. (13.11), b being V: theta <- theta + alpha (G_t - b) grad ln pi.
 
     `log_probs` (B,) of the moves made, with gradient; `advantages` (B,). A scalar.
     By hand: log_probs = [ln 0.5, ln 0.5], advantages = [1, -3]  ->  -ln 2 = -0.6931.
@@ -241,12 +229,10 @@ def critic_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
 # Collecting data
 # ------------------------------------------------------------------------------------
 
-# Why is the opponent a frozen copy, and not the actor itself? To the learner the
-# opponent is part of the environment. Frozen, it stays the same for REFRESH_EVERY
-# updates, and all their games estimate one quantity: the result against this player.
-# The actor itself would be another player after each gradient step, a moving target:
-# two players that answer each other's last change can go in circles, as in rock, paper,
-# scissors.
+# Why is the opponent a frozen copy, and not the actor itself? To the learner it is part
+# of the environment: frozen, it is one and the same player for REFRESH_EVERY updates.
+# The actor would be another player after each gradient step, and two players that
+# answer each other's last change can go in circles, as in rock, paper, scissors.
 
 Policy = Callable[[torch.Tensor], torch.Tensor]  # boards (B, 9) -> logits (B, 9)
 
@@ -297,6 +283,7 @@ def play_games(
         rewards = torch.from_numpy(rewards).float()
         results += torch.where(learner_turn, rewards, -rewards)
         alive = torch.from_numpy(~terminated)
+    # T rows of four tensors (N, ...) become four tensors (T, N, ...).
     return *(torch.stack(column) for column in zip(*steps, strict=True)), results
 
 
@@ -327,11 +314,11 @@ def best_moves(policy: Policy, boards: np.ndarray) -> np.ndarray:
     return mask_illegal(logits, masks).argmax(dim=1).numpy()
 
 
-def follow_every_line(
+def play_every_line(
     policy: Policy,
     agent_first: bool,
     opponent_moves: Callable[[np.ndarray], np.ndarray] = legal_moves,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[list[int], list[float]]:
     """Play the agent against *everything* that an opponent can do.
 
     A line of play is one complete game. The agent has one move in each position; the
@@ -339,9 +326,9 @@ def follow_every_line(
     every legal one, and each opens a branch. All branches are followed together, move
     by move. An agent that loses no line of play cannot be beaten.
 
-    Gives, for each of L lines of play, the result for the agent (L,): +1, 0 or -1; and
-    how probable it is against random play (L,): the product of 1 / (number of moves)
-    over the turns of the opponent. These sum to 1.
+    Gives, for (win, draw, loss) of the agent: how many lines of play end so; and how
+    probable that is against random play. The probability of a line is the product of
+    1 / (number of moves) over the turns of the opponent.
     """
     boards, probabilities = np.zeros((1, 9), dtype=np.int8), np.ones(1)
     results, result_probabilities = [], []
@@ -357,19 +344,9 @@ def follow_every_line(
         results.append((rewards if agent_turn else -rewards)[ended])
         result_probabilities.append(probabilities[ended])
         boards, probabilities = boards[~ended], probabilities[~ended]
-    return np.concatenate(results), np.concatenate(result_probabilities)
-
-
-def play_every_line(policy: Policy, agent_first: bool) -> tuple[int, int, int]:
-    """(wins, draws, losses) of the agent over every line of play."""
-    results, _ = follow_every_line(policy, agent_first)
-    return tuple(int((results == end).sum()) for end in (1, 0, -1))
-
-
-def against_random(policy: Policy, agent_first: bool) -> tuple[float, float, float]:
-    """Probabilities (win, draw, loss) of the agent against random play; exact."""
-    results, probabilities = follow_every_line(policy, agent_first)
-    return tuple(float(probabilities[results == end].sum()) for end in (1, 0, -1))
+    results, probabilities = map(np.concatenate, (results, result_probabilities))
+    ends = [results == end for end in (1, 0, -1)]
+    return [int(e.sum()) for e in ends], [float(probabilities[e].sum()) for e in ends]
 
 
 # ------------------------------------------------------------------------------------
@@ -397,19 +374,15 @@ def main() -> None:
     learner_first = torch.arange(GAMES_PER_UPDATE) % 2 == 0  # in every second game
     history = []
 
-    keep = keep_unfinished_run(lambda: save_run(actor, critic, history, "_interrupted"))
-    with keep as stopped:
+    try:
         for update in range(1, MAX_UPDATES + 1):
-            if stopped:  # by Ctrl-C
-                sys.exit(f"Stopped after {update - 1} updates.")
-
             # 2. Play whole games, each with its own chance of random moves.
             random_chances = MAX_RANDOM_CHANCE * torch.rand(GAMES_PER_UPDATE)
             games = play_games(env, actor, opponent, learner_first, random_chances)
             observations, masks, actions, learner_moved, results = games
 
             # 3. The return of each move of the learner; the others are not trained on.
-            returns = results.expand_as(learner_moved)[learner_moved]  # (T, N) -> (B,)
+            returns = results.expand_as(learner_moved)[learner_moved]  # (N,) -> (B,)
             observations = observations[learner_moved]  # (T, N, 9) -> (B, 9)
             masks, actions = masks[learner_moved], actions[learner_moved]
 
@@ -433,11 +406,11 @@ def main() -> None:
             if update % REFRESH_EVERY == 0:
                 opponent.load_state_dict(actor.state_dict())
 
-            # 7. Again, until rate and bonus have shrunk as far as they should and the
-            #    agent loses no line of play, moving first or second.
+            # 7. Again, until rate and bonus have shrunk and no line of play is lost.
             if update % REPORT_EVERY == 0 or update in (NUM_UPDATES, MAX_UPDATES):
-                wins = [100 * against_random(actor, first)[0] for first in SEATS]
-                lost = [play_every_line(actor, first)[2] for first in SEATS]
+                played = [play_every_line(actor, first) for first in SEATS]
+                lost = [counts[2] for counts, _ in played]
+                wins = [100 * probabilities[0] for _, probabilities in played]
                 history.append((update * GAMES_PER_UPDATE, *wins, sum(lost)))
                 row = f"{wins[0]:8.1f}{wins[1]:10.1f}{lost[0]:10}{lost[1]:10}{update:9}"
                 print(f"{row}{choice.entropy().mean():16.3f}{policy_loss:10.4f}")
@@ -446,6 +419,10 @@ def main() -> None:
         facts = {"updates": update, "lost_lines": sum(lost)}
         suffix = "_unsolved" if sum(lost) else ""
         names = save_run(actor, critic, history, suffix, **facts)
+    except BaseException:  # Ctrl-C or an error: keep the run, then show what ended it
+        kept = save_run(actor, critic, history, "_interrupted")
+        print(f"\nThis run is kept in {kept}; older weights are as they were.")
+        raise
     if sum(lost):
         sys.exit(f"{sum(lost)} lines of play lost in the end; kept in {names}.")
     print(f"\nNo line of play is lost after {update} updates. Written:\n{names}")
@@ -462,40 +439,20 @@ def check_settings() -> None:
     paths = ACTOR_PATH, CRITIC_PATH, CURVE_PATH
     rules = {
         "SEED must be from 0 to 499,999": 0 <= SEED < 500_000,
-        "NUM_UPDATES must be 1 or more": NUM_UPDATES >= 1,
+        "NUM_UPDATES, REPORT_EVERY, REFRESH_EVERY and HIDDEN_UNITS must be 1 or more": (
+            min(NUM_UPDATES, REPORT_EVERY, REFRESH_EVERY, HIDDEN_UNITS) >= 1
+        ),
         "MAX_UPDATES must be NUM_UPDATES or more": MAX_UPDATES >= NUM_UPDATES,
-        "REPORT_EVERY must be 1 or more": REPORT_EVERY >= 1,
         "GAMES_PER_UPDATE must be 2 or more": GAMES_PER_UPDATE >= 2,
-        "REFRESH_EVERY must be 1 or more": REFRESH_EVERY >= 1,
         "MAX_RANDOM_CHANCE must be from 0 to 1": 0 <= MAX_RANDOM_CHANCE <= 1,
         "LEARNING_RATE must be above 0, at most 1": 0 < LEARNING_RATE <= 1,
         "ENTROPY_BONUS must be from 0 to 10": 0 <= ENTROPY_BONUS <= 10,
         "LAST_SHARE must be above 0, at most 1": 0 < LAST_SHARE <= 1,
-        "HIDDEN_UNITS must be 1 or more": HIDDEN_UNITS >= 1,
         "the folders of all paths must exist": all(p.parent.is_dir() for p in paths),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         sys.exit(f"Settings: {'; '.join(broken)}.")
-
-
-@contextlib.contextmanager
-def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
-    """Whatever ends the lines inside early, `save()` keeps the run so far.
-
-    Ctrl-C or `kill` only leaves a mark in the list that this gives; main() looks at it
-    once an update.
-    """
-    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(n, lambda *_: stopped.append(True)) for n in numbers]
-    try:
-        yield stopped
-    except BaseException:
-        print(f"\nThis run is kept in {save()}; older weights are as they were.")
-        raise
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def save_run(

@@ -31,8 +31,8 @@ Run it, or use it
     env = gym.make("TicTacToe-v0", render_mode="human")
     envs = gym.make_vec("TicTacToe-v0", num_envs=1024)
 
-    For another game edit `WINS`, `has_won` and `play_moves`; for a larger board also
-    every 9 and 8, `board_text`, and in tictactoe_actorcritic.py PLIES and the networks.
+    For another game edit `WINS`, `has_won` and `play_moves`; for a larger board each 9
+    and 8 and `board_text`; in tictactoe_actorcritic.py ENV_ID, its import, PLIES, 9s.
 """
 
 import gymnasium as gym
@@ -86,8 +86,7 @@ def play_moves(boards: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, ...
     full = (boards != 0).all(axis=-1)
     rewards = won.astype(np.float64) - illegal  # (4) +1, 0 or -1 for the mover
     terminated = won | full | illegal  # (5)
-    # Turn the board round for the next player. An illegal move was no move, so the
-    # turn does not pass and the board stays as it was.
+    # Turn the board round for the next player; an illegal move does not pass the turn.
     next_boards = np.where(illegal[:, None], boards, -boards)
     return next_boards, rewards, terminated, illegal
 
@@ -105,9 +104,7 @@ def board_text(board: np.ndarray) -> str:
 def starting_board(options: dict | None) -> np.ndarray:
     """The board that `reset` begins with: empty, or `options["board"]` (9,), a game
     under way as the side to move sees it. ValueError if no move can be made in it."""
-    if options is None or options.get("board") is None:
-        return np.zeros(9, dtype=np.int8)
-    board = np.asarray(options["board"])
+    board = np.asarray((options or {}).get("board", [0] * 9))
     is_board = board.shape == (9,) and np.isin(board, (-1, 0, 1)).all()
     if not is_board or -board.sum() not in (0, 1):  # the sides move in turn
         raise ValueError(f"not a board as the side to move sees it: {board.tolist()}")
@@ -188,12 +185,10 @@ DISABLED = AutoresetMode.DISABLED
 class TicTacToeVectorEnv(gym.vector.VectorEnv):
     """N boards that move together: the same game, N results for one call of `step`.
 
-    Python is slow and NumPy is not: a step of 1,024 boards takes a few times as long as
-    a step of one. What happens to a board whose game has ended while the others play
-    on? It stays as it is, which Gymnasium calls AutoresetMode.DISABLED: moves on it are
-    ignored, its reward is 0 and `terminated` stays True until `reset`. So nine steps
-    play N whole games. For boards that begin again by themselves (slower):
-    `make_vec(..., vectorization_mode="sync")`.
+    One NumPy call moves all N boards, much faster than N calls of Python. A board whose
+    game has ended stays as it is while the others play on, which Gymnasium calls
+    AutoresetMode.DISABLED: moves on it are ignored, its reward is 0 and `terminated`
+    stays True until `reset`. So nine steps play N whole games.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": DISABLED}
@@ -227,9 +222,7 @@ class TicTacToeVectorEnv(gym.vector.VectorEnv):
         terminated (N,) bool, truncated (N,) bool, infos.
         """
         if not self.action_space.contains(actions):
-            raise gym.error.InvalidAction(
-                f"needs {self.num_envs} whole numbers from 0 to 8, got {actions!r}"
-            )
+            raise gym.error.InvalidAction(f"not {self.num_envs} whole numbers, 0 to 8")
         if not self.was_reset:
             raise gym.error.ResetNeeded("no game is going on: call reset() first")
         over = self.over  # (N,) games that had ended before this step: nothing changes

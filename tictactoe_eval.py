@@ -29,9 +29,7 @@ from tictactoe_actorcritic import (
     ENV_ID,
     ActorNetwork,
     CriticNetwork,
-    against_random,
     best_moves,
-    follow_every_line,
     load_actor,
     load_critic,
     mask_illegal,
@@ -156,12 +154,6 @@ def best_move(actor: ActorNetwork, board: Sequence[int]) -> int:
     return int(best_moves(actor, np.asarray(board, dtype=np.int8)[None])[0])
 
 
-def against_perfect(actor: ActorNetwork, agent_first: bool) -> tuple[int, int, int]:
-    """(wins, draws, losses) over every line of play with a perfect opponent."""
-    results, _ = follow_every_line(actor, agent_first, perfect_masks)
-    return tuple(int((results == end).sum()) for end in (1, 0, -1))
-
-
 def met_positions(actor: ActorNetwork) -> list[Board]:
     """The positions in which the agent may have to move, from both seats."""
     found, waiting = set(), [EMPTY, *(after for *_, after in moves_from(EMPTY))]
@@ -184,29 +176,28 @@ def count_perfect(actor: ActorNetwork, positions: list[Board]) -> int:
     return int(perfect.sum())
 
 
-def print_counts(count: Callable, actor: ActorNetwork) -> None:
-    """A table of what `count` finds from each seat: play_every_line or the like."""
+def print_counts(actor: ActorNetwork, *opponent_moves: Callable) -> None:
+    """A table of how the lines of play end, from each seat: see play_every_line."""
     print("agent moves    lines     wins    draws   losses")
     for name, first in SEAT_NAMES.items():
-        wins, draws, losses = count(actor, first)
-        total = wins + draws + losses
-        print(f"{name:11}{total:9}{wins:9}{draws:9}{losses:9}")
+        counts, _ = play_every_line(actor, first, *opponent_moves)
+        print(f"{name:11}" + "".join(f"{n:9}" for n in [sum(counts), *counts]))
 
 
 def print_report(actor: ActorNetwork) -> None:
     """Print how the agent does from both seats, and what would be possible."""
     print("Every line of play: the agent's best move against all the opponent can do")
-    print_counts(play_every_line, actor)
+    print_counts(actor)
 
     print("\nAgainst random play: exact probabilities in %. Last column: the most")
     print("wins that a player who never risks a loss can have")
     print("agent moves      win     draw     loss   most wins")
     for name, first in SEAT_NAMES.items():
-        cells = "".join(f"{100 * p:9.2f}" for p in against_random(actor, first))
+        cells = "".join(f"{100 * p:9.2f}" for p in play_every_line(actor, first)[1])
         print(f"{name:11}{cells}{100 * best_possible(first):12.2f}")
 
     print("\nAgainst perfect play: every line of play of an opponent by minimax")
-    print_counts(against_perfect, actor)
+    print_counts(actor, perfect_masks)
 
     print("\nIts move is one of minimax's best in")
     for kind, positions in [

@@ -3,9 +3,8 @@
 What you will learn
     How an agent improves from rewards alone: it tries actions at random, and each one
     becomes more likely the better things went after it. The task: push a cart left or
-    right, 50 times a second, so that the pole on it stays up. Each step brings a reward
-    of 1. The episode ends when the pole leans by 12 degrees, when the cart is 2.4 m
-    from the middle, or after 500 steps.
+    right at each step, so that the pole on it stays up; each step brings a reward of 1.
+    An episode ends at 12 degrees of lean, 2.4 m from the middle, or after 500 steps.
 
 The algorithm in 6 steps
     1. Start from a policy: a network that gives each action a probability.
@@ -18,7 +17,7 @@ The algorithm in 6 steps
        likely action), it drops no pole in CHECK_EPISODES = 1,000 episodes.
     6. Measure it on held-out episodes (with seeds never used before) and save it.
 
-Symbols (T steps, N episodes side by side, B steps in all before the episodes' ends)
+Symbols (T steps of play, N episodes side by side, B steps in all before their ends)
     s_t         observations  (T, N, 4)  cart m, cart m/s, pole rad, pole rad/s
     a_t         actions       (T, N)     0 pushes the cart left, 1 pushes it right
     r_t         rewards       (T, N)     1 for each step, 0 after the episode's end
@@ -27,17 +26,16 @@ Symbols (T steps, N episodes side by side, B steps in all before the episodes' e
     ln pi(a|s)  log_probs     (B,)       log-probability of the action that was taken
 
 Where this differs from the book (Sutton & Barto, 2nd ed., chapter 13), and why
-    * One step by Adam after 16 episodes, not one by plain gradient ascent for each time
-      step: a batch gives a steadier direction.
-    * The mean of the batch is subtracted, not the prediction of a *value function*
-      (section 13.4): that is a second network, and the subject of lesson 2.
+    * One gradient step (Adam) for 16 episodes, not one for each step: it is steadier.
+    * The mean of the batch is subtracted. Section 13.4 subtracts the prediction of a
+      second network, the *value function*: that is lesson 2.
     * The factor gamma^t is left out, as in nearly all code: see `reinforce_loss`.
     * Reaching 500 steps counts as an end like a fall; lesson 3 tells the two apart.
 
 Run it, and what you should see
     python train_cartpole.py     4 seconds on one core of a server CPU, no GPU
     Seeds 0-19: perfect after 432 episodes (median; 624 at most), then 500 steps in
-    every held-out episode. Seed 0 ("last 100": the mean score, the sum of rewards):
+    every held-out episode. Seed 0 ("last 100": mean score, a score the sum of rewards):
         last 100  episodes  entropy (nats)      loss
             29.8        48           0.645   -0.3435
            274.8       240           0.526   -0.2052
@@ -49,15 +47,11 @@ Try this (seeds 0-2, with MAX_EPISODES = 1_500; medians)
     * EPISODES_PER_UPDATE = 1, LEARNING_RATE = 0.01: perfect after 376, but in 34 s.
     * GAMMA = 0.9: all are solved, but only two become perfect, after 736 and 1,152.
     * LEARNING_RATE = 0.2: none is solved; the best means of 100 episodes: 83 to 158.
-    * Acrobot-v1: edit ENV_ID, the file names, PolicyNetwork (6 numbers in, 3 out), and
-      in main() `perfect = solved`; LEARNING_RATE = 0.005.
 """
 
-import contextlib
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
@@ -73,7 +67,9 @@ from torch.distributions import Categorical
 
 # What to run
 ENV_ID = "CartPole-v1"
-SEED = 0  # below 500,000; same seed, machine and versions: same weights, bit for bit
+SEED = 0  # same seed, machine and versions: same weights, bit for bit
+CHECK_SEED = 500_000  # of the check for a perfect policy: the same starts each time
+HELD_OUT_SEED = 1_000_000  # of held-out episode 0; episode i has HELD_OUT_SEED + i
 
 # Budget
 MAX_EPISODES = 4_000  # if the policy is not perfect by then, stop with status 1
@@ -86,25 +82,18 @@ REPORT_EVERY = 3  # updates between two printed lines
 EPISODES_PER_UPDATE = 16  # more: steadier, but fewer updates. With 1 the mean that is
 #                           subtracted is the episode's own: halve LEARNING_RATE as well
 LEARNING_RATE = 0.02  # size of Adam's step; too small is slow, too big never settles
-GAMMA = 0.99  # discount of a reward one step later: 0.99 looks about 100 steps ahead;
-#               0.9 looks 10 ahead and learns far more slowly; 1.0 works too
+GAMMA = 0.99  # discount: looks about 1 / (1 - GAMMA) = 100 steps ahead; 0.9 learns far
+#               more slowly, 1.0 works too
 HIDDEN_UNITS = 64  # width of the one hidden layer; a task this small needs few
-# Derived: an update is one gradient step, on about 16 x 20 = 320 steps of play at first
-# and 16 x 500 = 8,000 at last. The budget is 4,000 / 16 = 250 updates; seed 0 takes 20.
+# Hence one update is a gradient step on about 16 x 20 steps at first, 16 x 500 at last.
 
 # Files, written beside this script
 WEIGHTS_PATH = Path(__file__).with_name("cartpole_reinforce.pth")
 CURVE_PATH = Path(__file__).with_name("cartpole_learning_curve.png")
 
 # Given by the task
-SOLVED_SCORE = gym.spec(ENV_ID).reward_threshold  # 475: solved, if the last 100
-#                                                   training episodes reach this mean
+SOLVED_SCORE = gym.spec(ENV_ID).reward_threshold  # 475: mean of the last 100 episodes
 FULL_SCORE = gym.spec(ENV_ID).max_episode_steps  # 500: the pole never fell
-
-# Training draws its starting states from SEED, the check for a perfect policy from
-# CHECK_SEED (the same ones each time); held-out episode i has seed HELD_OUT_SEED + i.
-CHECK_SEED = 500_000
-HELD_OUT_SEED = 1_000_000
 
 # ------------------------------------------------------------------------------------
 # The network
@@ -112,7 +101,10 @@ HELD_OUT_SEED = 1_000_000
 
 
 class PolicyNetwork(nn.Module):
-    """The policy pi(a|s): an observation in, a logit for each action out."""
+    """The policy: observations (B, 4) float32 in, logits (B, 2), any real numbers, out.
+
+    pi(a|s) = softmax(logits) = exp(logit of a) / sum of exp(logit) over all actions
+    """
 
     def __init__(self, hidden_units: int = HIDDEN_UNITS) -> None:
         super().__init__()
@@ -123,10 +115,6 @@ class PolicyNetwork(nn.Module):
         )
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """Observations (B, 4) float32 -> logits (B, 2), any real numbers.
-
-        pi(a|s) = softmax(logits) = exp(logit of a) / sum of exp(logit) over all actions
-        """
         return self.layers(observations)
 
 
@@ -143,8 +131,10 @@ class PolicyNetwork(nn.Module):
 #
 # The last sum is the mean of the bracket over actions drawn from pi. There is no need
 # to try every action, nor to know how the pole moves: play, and average the bracket.
-# Over an episode, such terms add up, one for each step (section 13.2). An action gets
-# only the rewards that followed it, since it had no influence on earlier ones.
+# Over an episode, such terms add up, one for each step (section 13.2): its probability
+# is a product of pi's and of the pole's own chances, ln turns that into a sum, and only
+# the pi's depend on the weights. An action gets only the rewards that followed it,
+# since it had no influence on earlier ones.
 #
 # Why may a *baseline* b be subtracted from the return? Probabilities add up to 1, so
 #
@@ -161,9 +151,8 @@ def returns_to_go(rewards: torch.Tensor, gamma: float) -> torch.Tensor:
 
     Sutton & Barto, eq. (3.9), who write R_{t+1} for our r_t.
 
-    `rewards` (T,) or (T, N) float32, one column an episode, filled up with zeros after
-    its end: nothing more follows, whether the pole fell or the 500 steps were over.
-    Gives the same shape.
+    `rewards` (T,) or (T, N) float32, one column an episode, zeros after its end. Gives
+    the same shape.
     By hand: rewards = [1, 1, 1], gamma = 0.5  ->  returns = [1.75, 1.5, 1].
     """
     returns = torch.zeros_like(rewards)
@@ -180,9 +169,8 @@ def subtract_mean(returns: torch.Tensor) -> torch.Tensor:
     A_t = G_t - mean(G)
 
     All returns in CartPole are positive: without the mean, every action taken would be
-    made more likely, only some more than others. The mean is nearly a baseline, but
-    not quite: it contains G_t, which depends on the action. That biases the expected
-    gradient, by an error that falls as 1 / episodes in the batch.
+    made more likely, only some more than others. It is not exactly a baseline: it holds
+    G_t, which depends on the action. The error falls as 1 / episodes in the batch.
 
     `returns` (B,) float32, all real steps of a batch, gives advantages (B,).
     By hand: [1, 2, 6]  ->  [-2, -1, 3].
@@ -198,10 +186,9 @@ def reinforce_loss(log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.T
     Sutton & Barto, eq. (13.11): theta <- theta + alpha (G_t - b) grad ln pi(a_t | s_t).
     The minus is there because PyTorch's optimizers go downhill. A_t is a plain number,
     made of rewards, so no gradient flows through it.
-    With gamma < 1, the gradient of the expected discounted return needs gamma^t A_t, as
-    in the box of section 13.4; but then steps after the first few hundred would hardly
-    count. Without gamma^t, the usual choice and ours, the expected step is the gradient
-    of no function (Nota & Thomas, arXiv 1906.07073), but it works well here.
+    With gamma < 1, the box of section 13.4 has gamma^t A_t. Without it, the expected
+    step is the gradient of no function (Nota & Thomas, arXiv 1906.07073); with it,
+    steps after the first few hundred would hardly count.
 
     `log_probs` (B,) of the actions taken, with gradient; `advantages` (B,). A scalar.
     By hand: log_probs = [ln 0.5, ln 0.5], advantages = [1, 3]  ->  2 ln 2 = 1.3863.
@@ -213,21 +200,17 @@ def reinforce_loss(log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.T
 # Collecting data
 # ------------------------------------------------------------------------------------
 
-Policy = Callable[[torch.Tensor], torch.Tensor]  # observations (N, 4) -> logits (N, 2)
-
 
 @torch.no_grad()
 def play_episodes(
-    env: gym.vector.VectorEnv, policy: Policy, seed: int | None, greedy: bool = False
+    env: gym.vector.VectorEnv, policy: Callable, seed: int | None, greedy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Play one whole episode in each of the N copies of the environment.
 
     `seed` seeds the starts (None: the generator goes on where it was); `greedy` takes
-    the most likely action instead of drawing one.
-
-    Gives observations (T, N, 4) and rewards (T, N) float32, actions (T, N) int64, and
-    alive (T, N) bool, T being the length of the longest episode. A copy whose episode
-    ended earlier only waits: alive is False, the reward 0, and nothing is trained on.
+    the most likely action instead of drawing one. Gives observations (T, N, 4) float32,
+    actions (T, N) int64, rewards (T, N) float32 and alive (T, N) bool: T is the length
+    of the longest episode; after an episode's end alive is False and the reward 0.
     """
     steps = []
     observations, _ = env.reset(seed=seed)
@@ -238,18 +221,16 @@ def play_episodes(
         actions = actions.numpy()
         next_observations, rewards, terminated, truncated, _ = env.step(actions)
         steps.append((observations, actions, rewards * alive, alive))
-        # Fallen (terminated) or 500 steps long (truncated): both end the episode. The
-        # copy then starts again by itself (autoreset), but `alive` stays False.
+        # A fall terminates, step 500 truncates. The copy restarts, `alive` stays False.
         alive = alive & ~(terminated | truncated)
         observations = next_observations
-    observations, actions, rewards, alive = [  # T entries each, stacked
-        torch.from_numpy(np.array(entries)) for entries in zip(*steps, strict=True)
-    ]
+    columns = [torch.from_numpy(np.array(each)) for each in zip(*steps, strict=True)]
+    observations, actions, rewards, alive = columns  # T rows each
     return observations, actions, rewards.float(), alive
 
 
 def evaluate(
-    policy: Policy, episodes: int, first_seed: int, greedy: bool
+    policy: Callable, episodes: int, first_seed: int, greedy: bool
 ) -> torch.Tensor:
     """Scores (episodes,), the sums of rewards; number i has the seed first_seed + i."""
     env = gym.make_vec(ENV_ID, num_envs=episodes, vectorization_mode="sync")
@@ -262,7 +243,7 @@ def evaluate(
 # ------------------------------------------------------------------------------------
 
 
-def is_perfect(policy: Policy) -> bool:
+def is_perfect(policy: Callable) -> bool:
     """Does no pole fall in CHECK_EPISODES episodes, played greedily?"""
     env = gym.make_vec(ENV_ID, num_envs=CHECK_EPISODES)
     _, _, rewards, _ = play_episodes(env, policy, CHECK_SEED, greedy=True)
@@ -279,7 +260,7 @@ def main() -> None:
     check_settings()
     print(f"REINFORCE on {ENV_ID}, on the CPU: most seeds need about 4 seconds.")
     print(f"'last 100', the mean score, should rise to {SOLVED_SCORE:g}, entropy fall")
-    print("slowly. The loss shows no progress: it compares the steps of one batch.\n")
+    print("slowly. Ignore the loss: each batch is measured against its own mean.\n")
     print("last 100  episodes  entropy (nats)      loss")
     torch.set_num_threads(1)  # the network is so small that more threads only wait
 
@@ -290,12 +271,8 @@ def main() -> None:
     env = gym.make_vec(ENV_ID, num_envs=EPISODES_PER_UPDATE)  # N copies at once
     scores, perfect = [], False
 
-    keep = keep_unfinished_run(lambda: save_run(policy, scores, "_interrupted"))
-    with keep as stopped:
+    try:
         while len(scores) < MAX_EPISODES and not perfect:
-            if stopped:  # by Ctrl-C
-                sys.exit(f"Stopped after {len(scores)} episodes.")
-
             # 2. Play whole episodes. Only the first ones need a seed.
             seed = None if scores else SEED
             observations, actions, rewards, alive = play_episodes(env, policy, seed)
@@ -329,6 +306,10 @@ def main() -> None:
         suffix = "" if perfect else "_unsolved"
         names = save_run(policy, scores, suffix, greedy_score=greedy_score)
         print(f"\nHeld-out episodes, played greedily: {greedy_score:.1f} on average")
+    except BaseException:  # Ctrl-C or an error: keep the run, then show what ended it
+        kept = save_run(policy, scores, "_interrupted")
+        print(f"\nThis run is kept in {kept}; older weights are as they were.")
+        raise
     if not perfect:
         sys.exit(f"Not perfect after {len(scores)} episodes; kept in {names}.")
     print(f"Perfect after {len(scores)} episodes. Written: {names}.")
@@ -342,41 +323,20 @@ def main() -> None:
 
 def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
+    counts = MAX_EPISODES, CHECK_EPISODES, HELD_OUT_EPISODES, REPORT_EVERY
+    counts += EPISODES_PER_UPDATE, HIDDEN_UNITS
     paths = WEIGHTS_PATH, CURVE_PATH
     rules = {
         "SEED must be from 0 to 499,999": 0 <= SEED < CHECK_SEED,
-        "MAX_EPISODES must be 1 or more": MAX_EPISODES >= 1,
-        "CHECK_EPISODES must be 1 or more": CHECK_EPISODES >= 1,
-        "HELD_OUT_EPISODES must be 1 or more": HELD_OUT_EPISODES >= 1,
-        "REPORT_EVERY must be 1 or more": REPORT_EVERY >= 1,
-        "EPISODES_PER_UPDATE must be 1 or more": EPISODES_PER_UPDATE >= 1,
+        "MAX_EPISODES, CHECK_EPISODES, HELD_OUT_EPISODES, REPORT_EVERY, "
+        "EPISODES_PER_UPDATE and HIDDEN_UNITS must be 1 or more": min(counts) >= 1,
         "LEARNING_RATE must be above 0, at most 1": 0 < LEARNING_RATE <= 1,
         "GAMMA must be from 0 to 1": 0 <= GAMMA <= 1,
-        "HIDDEN_UNITS must be 1 or more": HIDDEN_UNITS >= 1,
         "the folders of all paths must exist": all(p.parent.is_dir() for p in paths),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         sys.exit(f"Settings: {'; '.join(broken)}.")
-
-
-@contextlib.contextmanager
-def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
-    """Whatever ends the lines inside early, `save()` keeps the run so far.
-
-    Ctrl-C or `kill` only leaves a mark in the list that this gives; main() looks at it
-    once an update.
-    """
-    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(n, lambda *_: stopped.append(True)) for n in numbers]
-    try:
-        yield stopped
-    except BaseException:
-        print(f"\nThis run is kept in {save()}; older weights are as they were.")
-        raise
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def save_run(policy: PolicyNetwork, scores: list, suffix: str, **facts: float) -> str:

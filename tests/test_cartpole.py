@@ -594,8 +594,7 @@ def test_a_spent_budget_is_said_ends_with_status_1_and_keeps_the_good_weights(tm
     assert lesson.load_policy(tmp_path / "cartpole_reinforce_unsolved.pth")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_or_a_kill_keeps_the_run_under_another_name(tmp_path, number):
+def test_ctrl_c_keeps_the_run_under_another_name(tmp_path):
     (tmp_path / "train_cartpole.py").write_text(
         (ROOT / "train_cartpole.py").read_text()
     )
@@ -610,10 +609,9 @@ def test_ctrl_c_or_a_kill_keeps_the_run_under_another_name(tmp_path, number):
     for line in training.stdout:
         if line.split()[1:2] == ["48"]:  # episodes: the first line of the table
             break
-    training.send_signal(number)
+    training.send_signal(signal.SIGINT)
     printed, errors = training.communicate(timeout=60)
-    assert training.returncode == 1
-    assert errors.startswith("Stopped after") and errors.count("\n") == 1
+    assert training.returncode != 0 and errors.endswith("KeyboardInterrupt\n")
     assert "kept in cartpole_reinforce_interrupted.pth" in printed
     assert (tmp_path / "cartpole_reinforce.pth").read_bytes() == b"good"
     assert lesson.load_policy(tmp_path / "cartpole_reinforce_interrupted.pth")
@@ -633,7 +631,6 @@ def test_an_error_in_the_loop_or_at_the_end_keeps_the_run_and_is_shown(
     names = sorted(path.name for path in in_folder.iterdir())
     assert names == ["c_interrupted.png", "w_interrupted.pth"]
     assert lesson.load_policy(in_folder / "w_interrupted.pth")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_crash_while_saving_leaves_the_old_weights_whole(in_folder, monkeypatch):

@@ -247,8 +247,8 @@ def test_the_docstring_cases_worked_by_hand():
         assert (gradient.item() == 0) == (sign > 0)
     model = FixedLogits(torch.tensor([[[0.0, 3.0], [0.0, 0.0]]]))
     model.logits.data[0, 0, 1] = torch.tensor(3.0).log()
-    ids = torch.tensor([[0, 1]])
-    log_probs = lesson.completion_log_probs(model, ids, torch.ones_like(ids), 1, 1.0)
+    prompt, drawn = torch.tensor([[0]]), torch.tensor([[1]])
+    log_probs = lesson.completion_log_probs(model, prompt, drawn, 1.0)
     assert log_probs.item() == pytest.approx(-0.2877, abs=1e-4)
 
 
@@ -265,15 +265,10 @@ class FixedLogits(torch.nn.Module):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
-@pytest.mark.parametrize("padding", [0, 2])
-def test_log_probs_equal_a_token_by_token_loop(temperature, padding):
+def test_log_probs_equal_a_token_by_token_loop(temperature):
     policy, _ = tiny_policy()
     ids = torch.randint(0, WORDS, (3, 9))
-    filler = torch.full((3, padding), EOS)
-    attention = torch.cat([torch.zeros_like(filler), torch.ones_like(ids)], 1)
-    actual = lesson.completion_log_probs(
-        policy, torch.cat([filler, ids], 1), attention, 5, temperature
-    )
+    actual = lesson.completion_log_probs(policy, ids[:, :4], ids[:, 4:], temperature)
     for row in range(3):
         for t in range(5):
             logits = policy(ids[row : row + 1, : 4 + t]).logits[0, -1] / temperature
@@ -284,11 +279,10 @@ def test_log_probs_equal_a_token_by_token_loop(temperature, padding):
 def test_what_fills_up_on_the_right_does_not_change_the_log_probs():
     policy, _ = tiny_policy()
     ids = torch.randint(0, WORDS, (2, 9))
-    attention = torch.ones_like(ids)
-    alone = lesson.completion_log_probs(policy, ids, attention, 5, 1.0)
-    filled = torch.cat([ids, torch.full((2, 3), EOS)], 1)
-    attention = torch.cat([attention, torch.zeros(2, 3, dtype=torch.long)], 1)
-    padded = lesson.completion_log_probs(policy, filled, attention, 8, 1.0)
+    prompt, response = ids[:, :4], ids[:, 4:]
+    alone = lesson.completion_log_probs(policy, prompt, response, 1.0)
+    filled = torch.cat([response, torch.full((2, 3), EOS)], 1)
+    padded = lesson.completion_log_probs(policy, prompt, filled, 1.0)
     assert torch.allclose(alone, padded[:, :5], atol=1e-5)
 
 
@@ -299,7 +293,7 @@ def test_log_probs_come_from_float32_whatever_the_model_gives():
     for temperature in (1.0, 0.7):
         model = FixedLogits(logits.bfloat16())
         log_probs = lesson.completion_log_probs(
-            model, ids, torch.ones_like(ids), 1, temperature
+            model, ids[:, :1], ids[:, 1:], temperature
         )
         exact = logits[0, 0].bfloat16().double() / temperature
         expected = exact.log_softmax(0)[7].item()
@@ -325,8 +319,7 @@ def test_prompt_and_filler_get_exactly_no_gradient_and_the_end_token_gets_some()
     model = FixedLogits(torch.randn(1, 7, EOS + 1))
     ids = torch.tensor([[1, 2, 3, 4, EOS, EOS, EOS]])  # prompt of 3, then a response
     mask = lesson.completion_mask(ids[:, 3:], EOS)
-    attention = torch.cat([torch.ones(1, 3, dtype=torch.long), mask], 1)
-    log_probs = lesson.completion_log_probs(model, ids, attention, 4, 1.0)
+    log_probs = lesson.completion_log_probs(model, ids[:, :3], ids[:, 3:], 1.0)
     ref = log_probs.detach() + 0.5
     loss_of(log_probs, mask=mask, ref_log_probs=ref, kl_coef=0.1).backward()
     # The logits at place t choose the token at t + 1: 2 and 3 choose "4" and EOS.

@@ -494,7 +494,7 @@ def test_names_are_looked_up_and_files_are_written_beside_the_script(
 def test_an_unreachable_hub_is_said_in_one_line_and_nothing_is_written(
     settings, tmp_path, capsys, hub
 ):
-    settings(POLICY_MODEL_NAME="gpt2", FALL_BACK_TO_TINY=False)
+    settings(POLICY_MODEL_NAME="gpt2-large")
     fails_with(capsys, lesson.main, "gpt2", "Hub", "internet", "folder")
     assert not list(tmp_path.iterdir())
 

@@ -483,15 +483,6 @@ def test_without_a_hub_the_script_says_so_and_goes_on_with_the_pair(tmp_path):
     assert (tmp_path / "trained_model" / "learning_curve.png").exists()
 
 
-def test_the_fallback_can_be_switched_off(no_hub, monkeypatch):
-    monkeypatch.setattr(lesson, "FALL_BACK_TO_TINY", False)
-    with pytest.raises(SystemExit) as stopped:
-        lesson.main()
-    line = str(stopped.value)
-    assert "gpt2" in line and "Hub" in line and "\n" not in line
-    assert list(no_hub.iterdir()) == []
-
-
 @pytest.mark.parametrize("missing", ["POLICY_MODEL_NAME", "REWARD_MODEL_NAME"])
 def test_one_missing_model_is_enough_for_both_to_be_replaced(
     no_hub, monkeypatch, capsys, missing

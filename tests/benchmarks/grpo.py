@@ -356,7 +356,7 @@ def run_equality(name):
         mask = (torch.arange(TOKENS).to(policy.device) < lengths[:, None]).long()
         attention = torch.cat([torch.ones_like(ids[:, :7]), mask], 1)
         with torch.no_grad():
-            now = lesson.completion_log_probs(policy, ids, attention, TOKENS, 1.0)
+            now = lesson.completion_log_probs(policy, ids[:, :7], ids[:, 7:], 1.0)
         old = now + 0.2 * torch.randn_like(now)  # some tokens beyond the clip
         ref = now + 0.2 * torch.randn_like(now) if beta else None
         advantages = lesson.group_advantages(torch.randn(SAMPLES).to(policy.device))
@@ -366,7 +366,7 @@ def run_equality(name):
             loss.backward()
             return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
-        log_probs = lesson.completion_log_probs(policy, ids, attention, TOKENS, 1.0)
+        log_probs = lesson.completion_log_probs(policy, ids[:, :7], ids[:, 7:], 1.0)
         ours = lesson.grpo_loss(log_probs, old, ref, advantages, mask, 0.2, beta)
         ours_gradient = gradient(ours)
         batch = {

@@ -76,9 +76,9 @@ def train(seed: int, **settings: float) -> tuple[dict, list[tuple[float, ...]]]:
         actor_path = next(Path(folder).glob("a*.pth"))
         actor = lesson.load_actor(actor_path)
         facts = torch.load(actor_path, weights_only=True)
-    first, second = (card.play_every_line(actor, seat) for seat in lesson.SEATS)
+    first, second = (card.play_every_line(actor, seat)[0] for seat in lesson.SEATS)
     wins_first, wins_second = (
-        round(100 * card.against_random(actor, seat)[0], 2) for seat in lesson.SEATS
+        round(100 * card.play_every_line(actor, seat)[1][0], 2) for seat in lesson.SEATS
     )
     positions = card.open_positions()
     perfect = 100 * card.count_perfect(actor, positions) / len(positions)

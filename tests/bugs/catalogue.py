@@ -802,12 +802,8 @@ BUGS = [
         "file": GRPO,
         "edits": [
             (
-                "        input_ids=input_ids[:, :-1],\n"
-                "        attention_mask=attention_mask[:, :-1],\n"
-                "        position_ids=position_ids[:, :-1],\n",
-                "        input_ids=input_ids,\n"
-                "        attention_mask=attention_mask,\n"
-                "        position_ids=position_ids,\n",
+                "torch.cat([prompt_ids, completion_ids], 1)[:, :-1]",
+                "torch.cat([prompt_ids, completion_ids], 1)",
             )
         ],
         "why": "The logits at place t are about the token at t + 1.",

@@ -244,8 +244,10 @@ def read_tictactoe(module, healthy, kept, out, settings) -> dict:
 
     actor, critic = kept[:2]
     rows = table(out, 7)
-    wins = [100 * healthy.against_random(actor, first)[0] for first in healthy.SEATS]
-    lost = [healthy.play_every_line(actor, first)[2] for first in healthy.SEATS]
+    wins = [
+        100 * healthy.play_every_line(actor, first)[1][0] for first in healthy.SEATS
+    ]
+    lost = [healthy.play_every_line(actor, first)[0][2] for first in healthy.SEATS]
     # How often the planted code lets the trained actor make an illegal move.
     torch.manual_seed(0)
     env = module.gym.make_vec(module.ENV_ID, num_envs=200)
@@ -263,7 +265,9 @@ def read_tictactoe(module, healthy, kept, out, settings) -> dict:
     values = critic(boards[learner_moved]).detach().flatten()
     torch.manual_seed(settings["SEED"])
     first = module.ActorNetwork(healthy.HIDDEN_UNITS)
-    at_first = [100 * healthy.against_random(first, seat)[0] for seat in healthy.SEATS]
+    at_first = [
+        100 * healthy.play_every_line(first, seat)[1][0] for seat in healthy.SEATS
+    ]
     score = [sum(at_first) / 2] + [(row[0] + row[1]) / 2 for row in rows]
     return (
         curve([0.0] + [row[4] for row in rows], score)
