@@ -8,8 +8,7 @@ Run it, and what you should see
     python cartpoleinference.py     a few seconds, plus 10 for the window
     It prints a table and shows one episode: in a window where there is a display, else
     as `cartpole.gif`.
-    greedy    500.0 +- 0.0, minimum 500: taking the most likely action, the pole never
-              falls. 500 is the most, since CartPole-v1 ends an episode there.
+    greedy    500.0 +- 0.0, minimum 500, the most there is: the pole never falls.
     sampled   498.2 +- 9.6, minimum 438: drawing each action from the policy, as in
               training, it falls in 4 of 100 episodes.
     random    22.4 +- 12.1: the score of an agent that learned nothing.
