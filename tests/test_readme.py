@@ -102,8 +102,8 @@ FIGURES = {
         "land: <mean of the seeds|g> on average, at least <worst seed|.1f>",
         "| <median seconds|.0f> seconds | `lunarlander_ppo.py`",
         "<share of all episodes >= 200|.1%> of all episodes",
-        "a mean of <mean of 10 seeds, 400,000 steps, FINAL_RATE = 1|.1f> (the worst seed "
-        "<worst of 10 seeds, 400,000 steps, FINAL_RATE = 1|.1f>)",
+        "a mean of <mean of 10 seeds, 400,000 steps, FINAL_RATE = 1|.1f> "
+        "(the worst seed <worst of 10 seeds, 400,000 steps, FINAL_RATE = 1|.1f>)",
     ],
     "grpo": [
         "in <random gpt2-small: time / TRL, all 8 at once|g> of its time",

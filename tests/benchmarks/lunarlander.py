@@ -303,7 +303,7 @@ def draw(report: dict) -> None:
         frontier = [p for p in frontier_of(report) if p["FINAL_RATE"] == rate]
         for kind, marker in [("mean", "o"), ("worst", "v")]:
             points = [(p["steps"], p[kind]) for p in frontier]
-            label = f"trained for so many steps, FINAL_RATE = {rate:g}: {kind} seed"
+            label = f"trained for so many steps, FINAL_RATE = {rate:g}: {kind}"
             if points:
                 axes.plot(*zip(*points, strict=True), marker, color=color, label=label)
     axes.axhline(
