@@ -68,11 +68,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 # Settings
 # ------------------------------------------------------------------------------------
 
-# What to run. A model is an id on the Hugging Face Hub, or a folder beside this script.
+# What to run. A model is an id on the Hugging Face Hub (README.md: which to try), or a
+# folder beside this script, such as "grpo_tiny/policy" and "grpo_tiny/reward": these
+# two small models are used if the Hub is unreachable and both names are as here.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# If the Hub is unreachable and both names are as here, the small models are used.
-POLICY_MODEL_NAME = "gpt2"  # others: README.md; the small one: "grpo_tiny/policy"
-REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"  # "grpo_tiny/reward"
+POLICY_MODEL_NAME = "gpt2"
+REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"
 REWARD_FUNCTION = None  # or put def REWARD_FUNCTION(prompt, responses) in this line's
 #                         place: it returns a number for each response (README.md)
 PROMPTS = ["Explain why regular exercise is important."]  # several are taken in turn
