@@ -22,8 +22,7 @@ Symbols (T steps, N copies, D = 8 inputs, A = 4 actions; B = T*N rows, or a mini
     a_t      actions       (T, N): 0 nothing, 1 left, 2 main, 3 right engine
     r_t      rewards       (T, N): of the step from s_t to s_{t+1}; scaled in make_batch
     A_t      advantages    (T, N): how much better a_t was than V(s_t) predicted
-    G_t      returns       (T, N): A_t (not normalised) + V(s_t), the critic's target.
-                           The printed 'return': mean of 100 episodes, r_t unscaled.
+    G_t      returns       (T, N): A_t (not normalised) + V(s_t), the critic's target
     rho_t    ratio         (B,): pi(a_t|s_t) now over pi(a_t|s_t) when it was taken
 
 Where this differs from the papers, and why (PPO: arXiv 1707.06347, GAE: 1506.02438)

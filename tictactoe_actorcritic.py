@@ -33,7 +33,7 @@ Where this differs from the book (Sutton & Barto, 2nd ed., chapter 13), and why
       without a discount (gamma = 1). In 13.5, as in lesson 3, the critic looks ahead.
     * An entropy bonus, as in A3C (Mnih et al., 2016), so that no branch is forgotten.
 
-Run it, and what you should see
+Run it, and what you should see (what goes wrong: tests/bugs/)
     python tictactoe_actorcritic.py     12 seconds on one core of a server CPU, no GPU
     None of seeds 0-9 loses a line of play. Against random play all win 98.96 % moving
     first and 91.64 % moving second (possible without any risk: 99.48, 91.64). Seed 0:
@@ -41,7 +41,6 @@ Run it, and what you should see
             95.8      84.6         6        81       50           1.431   -0.0900
             98.7      91.5         0         2      200           0.985   -0.0784
             99.0      91.6         0         0      800           0.582    0.0114
-    What goes wrong, and how it looks: tests/bugs/.
 
 Try this (medians of seeds 0-2; the Settings say why)
     * ENTROPY_BONUS = 0.0: 143 lines of play are lost after 1,600 updates.

@@ -32,7 +32,7 @@ Where this differs from the book (Sutton & Barto, 2nd ed., chapter 13), and why
     * The factor gamma^t is left out, as in nearly all code: see `reinforce_loss`.
     * Reaching 500 steps counts as an end like a fall; lesson 3 tells the two apart.
 
-Run it, and what you should see
+Run it, and what you should see (what goes wrong: tests/bugs/)
     python train_cartpole.py     4 seconds on one core of a server CPU, no GPU
     Seeds 0-19: perfect after 432 episodes (median; 624 at most), then 500 steps in
     every held-out episode. Seed 0 ("last 100": mean score, a score the sum of rewards):
@@ -41,7 +41,7 @@ Run it, and what you should see
            274.8       240           0.526   -0.2052
         -- 475 after 320 episodes, perfect = True
     Entropy is how undecided the policy is: ln 2 = 0.69 nats (the unit of ln) for a coin
-    flip, 0 if certain. What goes wrong, and how it looks: tests/bugs/.
+    flip, 0 if certain.
 
 Try this (seeds 0-2, with MAX_EPISODES = 1_500; medians)
     * EPISODES_PER_UPDATE = 1, LEARNING_RATE = 0.01: perfect after 376, but in 34 s.
