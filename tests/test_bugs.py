@@ -119,6 +119,32 @@ def test_an_exercise_has_one_bug_and_the_solution_names_it(
     assert len(found) > 6
 
 
+def test_an_exercise_has_a_printed_symptom_and_a_seed_that_the_page_does_not_have(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(museum, "EXERCISE", tmp_path / "exercise")
+    blind = {"hidden", "critic worse", "illegal", "nothing moves"}
+    for seed in range(30):
+        museum.exercise(str(seed))
+        museum.solution()
+        name = capsys.readouterr().out.split("solution\n")[1].split(":")[0]
+        bug = museum.find(name)
+        assert set(museum.seen(RESULTS, bug)) - blind, name
+        lesson = tmp_path / "exercise" / museum.lesson_of(bug)
+        assert "\nSEED = 3  #" in lesson.read_text()
+
+
+def test_what_is_learned_later_is_not_said_to_be_hidden():
+    keys = [museum.seen(RESULTS, bug) for bug in BUGS]
+    assert any("later" in each for each in keys)
+    assert not any({"later", "hidden"} <= set(each) for each in keys)
+
+
+def test_a_run_of_skipped_steps_has_no_symptom_of_entropy_or_gradient():
+    keys = museum.seen(RESULTS, museum.find("grpo-greedy-group"))
+    assert "flat" in keys and not {"entropy 0", "gradient"} & set(keys)
+
+
 def test_without_an_exercise_there_is_no_solution(tmp_path, monkeypatch):
     monkeypatch.setattr(museum, "EXERCISE", tmp_path / "exercise")
     with pytest.raises(SystemExit, match="no exercise"):

@@ -275,6 +275,7 @@ def read_tictactoe(module, healthy, kept, out, settings) -> dict:
         | entropies([row[5] for row in rows])
         | {"wins 1st": wins[0], "wins 2nd": wins[1], "greedy": sum(wins) / 2}
         | {"lines lost": sum(lost)}
+        | {"loss": statistics.median(row[6] for row in rows)}
         | {"illegal moves": taken.float().mean().item()}
         | {"critic error": ((returns - values) ** 2).mean().item()}
         | {"weights moved": moved(first.state_dict(), actor.state_dict())}
@@ -465,15 +466,22 @@ def check(names: list[str]) -> None:
         sys.exit(1)
 
 
+NOT_PRINTED = {"hidden", "critic worse", "illegal", "nothing moves"}
+
+
+def exercise_settings(bug: dict) -> dict:
+    """As long as the runs on the page, to compare figures, but with another seed."""
+    return SHORT[lesson_of(bug)] | bug.get("settings", {}) | {"SEED": len(SEEDS)}
+
+
 def exercise(seed: str | None = None) -> None:
     """Write a lesson with a bug drawn at random, of those that show something."""
     results = json.loads(RESULTS.read_text())
-    visible = [bug for bug in BUGS if set(seen(results, bug)) - {"hidden"}]
+    visible = [bug for bug in BUGS if set(seen(results, bug)) - NOT_PRINTED]
     bug = random.Random(seed).choice(visible)
     lesson = lesson_of(bug)
     shutil.rmtree(EXERCISE, ignore_errors=True)
-    # As long as the runs on the page, so that their figures can be compared.
-    settings = SHORT[lesson] | bug.get("settings", {})
+    settings = exercise_settings(bug)
     copy_lesson(lesson, bug, settings, EXERCISE)
     shown_folder = os.path.relpath(EXERCISE)
     print(f"{shown_folder}/{lesson} has a bug, in one to three lines.")
@@ -486,15 +494,14 @@ def exercise(seed: str | None = None) -> None:
         "Compare what it prints with the healthy row in tests/bugs/README.md, look the"
     )
     print("symptoms up there, and find the lines. It runs as long as the runs on that")
-    print("page. Then: python tests/bugs/museum.py solution")
+    print("page, with another seed. Then: python tests/bugs/museum.py solution")
 
 
 def solution() -> None:
     """Show which bug the exercise has."""
     for bug in BUGS:
         written = EXERCISE / bug["file"]
-        settings = SHORT[lesson_of(bug)] | bug.get("settings", {})
-        text = planted(bug)
+        settings, text = exercise_settings(bug), planted(bug)
         if written.exists() and written.read_text() == (
             text if bug["file"] == GAME else with_settings(text, settings)
         ):

@@ -40,6 +40,7 @@ COLUMNS = {
         ("lines lost", "lines lost", ".0f"),
         ("entropy early", "entropy early", ".2f"),
         ("entropy", "entropy at the end", ".2f"),
+        ("loss", "loss", ".2f"),
         ("critic error", "critic's squared error", ".2f"),
         ("illegal moves", "illegal moves", ".1%"),
     ],
@@ -49,6 +50,7 @@ COLUMNS = {
         ("length", "length", ".0f"),
         ("KL", "KL", ".4f"),
         ("clipped", "clipped", ".0%"),
+        ("entropy early", "entropy early", ".2f"),
         ("entropy", "entropy at the end", ".2f"),
         ("explained", "explained", ".2f"),
     ],
@@ -116,10 +118,12 @@ Only then look at curves, and change one thing at a time.
 ## What you see, and which bug it may be
 
 A bug is listed where more than half of its seeds show the symptom, compared with the
-healthy runs of the same lesson. Start with the rarest symptom that you see, keep the
-bugs that stand in all of its rows, and compare their figures in the lesson's table. Not
-all is printed by a lesson: the error of the critic, illegal moves and the share of
-weights that moved were measured beside it; in your own agent, print them.
+healthy runs of the same lesson. Take the row with the fewest bugs among those that you
+see, then strike every bug that is missing from your other rows; if none is left, keep
+those that miss one row. Compare the rest with the lesson's table, then read their lines
+(comments are those of the right code). Not all is printed by a lesson: the error of the
+critic, illegal moves and the share of weights that moved were measured beside it; in
+your own agent, print them. That a lesson says "solved" or "perfect" is no check.
 
 """
 
@@ -137,6 +141,20 @@ SETTINGS = {
 }
 
 
+# How to find a table's figures in what is printed.
+NOTES = {
+    CARTPOLE: "*Best* is the best of 50 equal parts of the run. The scores, greedy and "
+    "sampled, are of 100 held-out episodes.",
+    TICTACTOE: "*Wins* and *lines lost* are those at the end, *loss* the median of the "
+    "printed lines. The critic's error and illegal moves are not printed.",
+    LANDER: "*Return* and *length* are those of the last printed line, *KL* and "
+    "*clipped* medians over the first half of the lines (later both fall to 0, healthy "
+    "or not), *explained* the median of all lines.",
+    GRPO: "*Reward* is the mean of the last 5 steps, *KL* that of all, *clipped* the "
+    "largest of all; *fresh reward*, *length* and *cut off* are of 64 new responses.",
+}
+
+
 def spread(runs: list, name: str, form: str) -> str:
     """The median of a figure over the seeds, with the range if there is one."""
     values = [round(x[name], 6) + 0.0 for x in runs if x.get(name) is not None]
@@ -148,9 +166,24 @@ def spread(runs: list, name: str, form: str) -> str:
     return middle if ends[0] == ends[1] else f"{middle} ({ends[0]} to {ends[1]})"
 
 
+def untrained(results: dict, lesson: str) -> str:
+    """The training score at the start of the healthy runs: the picture's axis."""
+    return spread(results["healthy"][lesson], "start", ".1f")
+
+
 def link(name: str) -> str:
     """A link to the section of a bug."""
     return f"[{name}](#{name})"
+
+
+def one_seed(results: dict, bug: dict) -> str:
+    """What only some runs with a bug show, in brackets."""
+    healthy = results["healthy"][museum.group_of(bug)]
+    runs = results["bugs"][bug["name"]]
+    keys = {key for run in runs for key in symptoms.shown([run], healthy)}
+    some = [key for key in symptoms.SYMPTOMS if key in keys - {"hidden"}]
+    some = [key for key in some if key not in museum.seen(results, bug)]
+    return f" (in some runs {'; '.join(map(symptoms.words, some))})" if some else ""
 
 
 def index(results: dict) -> str:
@@ -161,6 +194,7 @@ def index(results: dict) -> str:
         for lesson, short in SHORT_TITLES.items():
             found = [
                 f"[{bug['name'].split('-', 1)[1]}](#{bug['name']})"
+                + (one_seed(results, bug) if key == "seeds differ" else "")
                 for bug in BUGS
                 if museum.lesson_of(bug) == lesson and key in museum.seen(results, bug)
             ]
@@ -312,7 +346,9 @@ def text() -> str:
         parts.append(
             f"## {title}\n\n`{lesson}`, {SETTINGS[lesson]}, seeds 0 to 2: the median, "
             f"and the range over the seeds. Picture: the {AXES[lesson]}; grey the "
-            "range of the healthy runs, red the three runs with the bug.\n\n"
+            "range of the healthy runs, red the three runs with the bug. "
+            f"{NOTES[lesson]} *Entropy early* is that after a fifth of the lines. "
+            f"Untrained, the agent scores {untrained(results, lesson)}.\n\n"
             f"![Curves of {title}]({picture})\n\n" + table(results, lesson)
         )
         parts += [section(results, bug) for bug in bugs]
@@ -324,8 +360,7 @@ def text() -> str:
         f"{machine['torch']}, gymnasium {machine['gymnasium']}. *Score*, *greedy* and "
         "*sampled* are measured by the healthy lesson on held-out episodes or fresh "
         "responses; the critic's error, illegal moves and moved weights by the museum; "
-        "everything else is what the planted lesson printed. *Entropy early* is that "
-        "after a fifth of the printed rows. "
+        "everything else is what the planted lesson printed. "
         "`python tests/bugs/museum.py check` plants every bug and runs its test."
     )
     return "\n\n".join(part.strip() for part in parts if part) + "\n"

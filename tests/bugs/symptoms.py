@@ -33,7 +33,8 @@ def falls(run: Run, healthy: list[Run]) -> bool:
 
 
 def flat(run: Run, healthy: list[Run]) -> bool:
-    return level(run["best"], healthy) < 0.2 and not falls(run, healthy)
+    constant = max(run["y"]) == min(run["y"])
+    return constant or level(run["best"], healthy) < 0.2 and not falls(run, healthy)
 
 
 def rises_and_falls_back(run: Run, healthy: list[Run]) -> bool:
@@ -87,8 +88,19 @@ def report_is_wrong(run: Run, healthy: list[Run]) -> bool:
     return abs(run["printed score"] - run["greedy"]) > 0.05 * scale
 
 
+def learned_nothing(run: Run) -> bool:
+    """All steps were skipped: there is no figure of a step."""
+    return run.get("steps skipped", 0) == 1
+
+
 def entropy_gone(run: Run, healthy: list[Run]) -> bool:
-    return run["entropy early"] < 0.4 * middle(healthy, "entropy early")
+    early = run["entropy early"] < 0.4 * middle(healthy, "entropy early")
+    late = run["entropy"] < 0.2 * middle(healthy, "entropy")
+    return (early or late) and not learned_nothing(run)
+
+
+def entropy_high(run: Run, healthy: list[Run]) -> bool:
+    return run["entropy first"] > 1.5 * middle(healthy, "entropy first")
 
 
 def halfway(run: Run, healthy: list[Run]) -> float:
@@ -126,6 +138,11 @@ def clipped_much(run: Run, healthy: list[Run]) -> bool:
 
 def critic_blind(run: Run, healthy: list[Run]) -> bool:
     return run.get("explained", 1) < 0.3
+
+
+def loss_away(run: Run, healthy: list[Run]) -> bool:
+    usual = max(abs(each.get("loss", 0)) for each in healthy)
+    return abs(run.get("loss", 0)) > 2 * usual > 0
 
 
 def critic_worse(run: Run, healthy: list[Run]) -> bool:
@@ -175,6 +192,8 @@ def loss_not_0(run: Run, healthy: list[Run]) -> bool:
 
 def gradient_other(run: Run, healthy: list[Run]) -> bool:
     usual = middle(healthy, "first gradient")
+    if learned_nothing(run):
+        return False
     return usual > 0 and not 0.6 < run.get("first gradient", usual) / usual < 1.67
 
 
@@ -196,21 +215,29 @@ SYMPTOMS: dict[str, tuple[str, Rule]] = {
     "slow": ("It gets there, but takes half as long again or more", slow),
     "hidden": ("The curve shows nothing: as good as the healthy runs", hidden),
     "seeds differ": ("Some seeds work, others do not", never),
-    "bad in evaluation": ("Good in training, worse when evaluated", bad_in_evaluation),
+    "bad in evaluation": (
+        "Evaluated, it scores far worse than in training",
+        bad_in_evaluation,
+    ),
     "better in evaluation": (
-        "Bad in training, much better when evaluated",
+        "Evaluated, it scores far better than in training",
         better_in_evaluation,
     ),
     "report wrong": ("The printed final score is not the real one", report_is_wrong),
-    "entropy 0": ("Entropy falls far too soon", entropy_gone),
+    "entropy 0": ("Entropy falls far too soon, or to almost nothing", entropy_gone),
+    "entropy high": ("Entropy is far too high from the first step", entropy_high),
     "entropy slow": ("Entropy falls more slowly than usual", entropy_slow),
-    "entropy stays": ("Entropy stays where it began", entropy_stays),
+    "entropy stays": ("Entropy ends far above the usual", entropy_stays),
     "nothing moves": ("Few weights move, or none", nothing_moves),
-    "ratio 1": ("The ratio never leaves 1: nothing is ever clipped", ratio_1),
+    "ratio 1": (
+        "The ratio never leaves 1: nothing is ever clipped (GRPO: INNER_STEPS above 1)",
+        ratio_1,
+    ),
     "clipped": ("Far more is clipped than usual", clipped_much),
-    "KL 0": ("KL is 0 for ever", kl_0),
+    "KL 0": ("KL is 0 for ever (GRPO: with KL_COEF above 0)", kl_0),
     "KL large": ("KL is more than twice as large as usual", kl_large),
     "critic blind": ("Explained variance near 0, or below", critic_blind),
+    "loss": ("The actor's loss stays far from 0", loss_away),
     "critic worse": ("The critic's error is larger than usual", critic_worse),
     "loses lines": ("It wins, but some lines of play are lost", loses_lines),
     "one seat": ("It plays worse from one seat only", one_seat),
@@ -218,7 +245,7 @@ SYMPTOMS: dict[str, tuple[str, Rule]] = {
     "never ends": ("Responses do not learn to end", never_ends),
     "shorter": ("Episodes or responses are shorter than usual", shorter),
     "skipped": ("Most steps are skipped: all rewards are equal", skipped),
-    "loss": ("The loss of the first step is not 0", loss_not_0),
+    "first loss": ("The loss of the first step is not 0", loss_not_0),
     "gradient": ("The first gradient is much longer or shorter", gradient_other),
     "NaN": ("NaN", not_a_number),
 }
@@ -234,9 +261,11 @@ def shown(runs: list[Run], healthy: list[Run]) -> list[str]:
     """The symptoms that more than half of the runs show."""
     levels = [level(run["end"], healthy) for run in runs]
     differ = max(levels) > 0.85 and min(levels) < 0.5
-    return [
+    found = [
         name
         for name, (_, rule) in SYMPTOMS.items()
         if 2 * sum(rule(run, healthy) for run in runs) > len(runs)
         or (name == "seeds differ" and differ)
     ]
+    # What is learned clearly later can be seen in the curve, whatever its end.
+    return [name for name in found if name != "hidden" or "later" not in found]
