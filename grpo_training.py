@@ -98,14 +98,14 @@ TEMPERATURE = 1.0  # divides the logits (the model's scores of the tokens) when 
 #                    and when training; high: gibberish; low: all responses alike
 TOP_P = 0.95  # write with the likeliest tokens whose probabilities add up to 95 %; 1.0:
 #               odd words. The loss ignores this cut, so the gradient is slightly off
-CLIP_EPS = 0.2  # a token is pushed no further once its probability has changed by 20 %;
+CLIP_EPS = 0.2  # a token is pushed no further once rho has moved 20 % the way A asks;
 #                 too small: later inner steps do nothing; too big: nothing brakes them
 INNER_STEPS = 1  # gradient steps from one group; more: learns faster, but turns to
 #                  gibberish sooner. With 1 the clip never acts: see grpo_step
 KL_COEF = 0.0  # beta, the pull back to the first policy; above 0: slower, more memory
 SCALE_BY_STD = True  # divide advantages by the group's std; False: groups with nearly
 #                      equal rewards count less; no effect where MAX_GRAD_NORM acts
-MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this (2.67 at step 0 is); big:
+MAX_GRAD_NORM = 1.0  # a longer gradient (at step 0: 2.67) is shortened to this; big:
 #                      one odd group may throw the policy off; small: all count alike
 
 # Files
@@ -129,8 +129,8 @@ def group_advantages(rewards: torch.Tensor, scale_by_std: bool = True) -> torch.
     and makes it less noisy. This is exact only without grpo_loss's division by length
     and with TOP_P = 1. The mean contains r_i, which, without the division by std,
     shortens the expected gradient to 1 - 1/G of itself.
-    Equal rewards are set to exactly 0: rounding can leave 3e-8, which AdamW, dividing a
-    gradient by its usual size, could turn into a full step of mere noise.
+    The advantages of equal rewards are set to exactly 0: rounding can leave 3e-8, which
+    AdamW, dividing a gradient by its usual size, could turn into a full step of noise.
 
     `rewards` (G,) float32 of one prompt's responses gives (G,).
     By hand: rewards = [0, 1, 2]  ->  mean 1, std 1 (the sum of squares divided by
@@ -357,7 +357,7 @@ def batch_log_probs(model: torch.nn.Module, batch: dict) -> torch.Tensor:
 
 @torch.no_grad()
 def diagnose(log_probs: torch.Tensor, batch: dict) -> torch.Tensor:
-    """What to watch: 1 to 3 averaged over each response's tokens, all over responses.
+    """What to watch: means over the responses; 1 to 3 first over a response's tokens.
 
     1. KL: k3, how far the policy is from the reference: 0 to 0.1 is near, 1 is far.
     2. entropy: how undecided the policy is, in nats (the unit of ln) a token: -ln pi.

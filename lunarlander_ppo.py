@@ -2,16 +2,16 @@
 
 What you will learn
     How PPO takes many gradient steps from one batch without ruining the policy, and how
-    a critic stands in for rewards not yet seen. The task: land between two flags in
-    1,000 steps. A crash pays -100, rest +100, getting nearer and slower a little.
+    a critic stands in for rewards not yet seen. The task: land between two flags within
+    1,000 steps. A crash pays -100, coming to rest +100, nearing some; fuel costs some.
 
 The algorithm in 6 steps
     1. Make an actor (a probability for each action) and a critic (predicts the return).
     2. Fly T steps in N copies side by side (a rollout), drawing actions from the actor.
     3. Compute advantages: how much better each action was than the critic predicted.
-    4. For a few epochs over this batch, in random minibatches: make actions with a
+    4. Go over the batch a few times (epochs) in random minibatches: make actions with a
        positive advantage likelier and the others rarer, each pushed no further once its
-       probability has moved 20 % that way; keep some entropy; fit V to the returns.
+       probability has moved 20 % that way (clip); keep some entropy; fit V to returns.
     5. Lower the learning rate and go back to 2, until the steps are spent.
     6. Score the agent, greedy (always the likeliest action), on held-out episodes.
 
@@ -22,10 +22,10 @@ Symbols (T steps, N copies, D = 8 inputs, A = 4 actions; B = T*N rows, or a mini
     a_t      actions       (T, N): 0 nothing, 1 left, 2 main, 3 right engine
     r_t      rewards       (T, N): of the step from s_t to s_{t+1}; scaled in make_batch
     A_t      advantages    (T, N): how much better a_t was than V(s_t) predicted
-    G_t      returns       (T, N): A_t (not normalised) + V(s_t), the critic's target
+    G_t      returns       (T, N): V(s_t) + A_t (before `normalise`): what V should say
     rho_t    ratio         (B,): pi(a_t|s_t) now over pi(a_t|s_t) when it was taken
 
-Where this differs from the papers, and why (PPO: arXiv 1707.06347, GAE: 1506.02438)
+Where this differs from the papers, and why (PPO: arXiv 1707.06347, `gae`: 1506.02438)
     * The network is that of PPO's section 6.1, but with ReLU instead of tanh.
     * Rewards are divided by 100, advantages normalised. 400,000 steps score 261 (seeds
       0-2); 218 without the first, 239 without the second, 179 without PPO's clip. Long
@@ -171,9 +171,9 @@ def gae(rewards, values, next_values, terminated, ended, gamma, lam) -> Tensor:
 
     `lam` trades bias for variance. At 0, A_t = delta_t: one reward, then the critic's
     word; little noise, but as wrong as the critic is (bias). At 1 the values in between
-    cancel: A_t = r_t + gamma r_{t+1} + ... + gamma^k V(s_{t+k}) - V(s_t), if rollout or
-    time limit cut after k steps (after a real end no V follows). Only the last V is a
-    guess, but the luck of all k steps is in it (variance).
+    cancel: A_t = r_t + gamma r_{t+1} + ... + gamma^k V(s_{t+k}) - V(s_t), where the sum
+    is cut after k steps by rollout or time limit (after a real end no V follows). Only
+    the last V can mislead then, but the luck of all k steps is in A_t (variance).
 
     `terminated` (landed or crashed) cuts the value: no reward can follow.
     `ended` (terminated, or truncated by the time limit) cuts the sum: row t+1 belongs
@@ -315,7 +315,7 @@ def make_batch(agent: ActorCritic, rollout: dict[str, Tensor]) -> dict[str, Tens
     Values and log-probabilities can wait until here: the weights are still the same.
 
     Gives `observations` (B, D) and (B,) each: `actions`, `old_log_probs`, `values`,
-    `advantages`, normalised over the batch, and `returns`, the critic's target.
+    `advantages`, normalised over the batch, and `returns`: V(s_t) corrected by A_t.
     """
     observations = rollout["observations"].flatten(0, 1)
     actions = rollout["actions"].flatten()
@@ -403,14 +403,14 @@ def diagnose(agent: ActorCritic, batch: dict[str, Tensor]) -> tuple[float, ...]:
                divergence KL(pi_old || pi) = mean(-ln rho): how far the policy moved.
                (rho - 1 is 0 on average and makes every term >= 0: less noise.) 0.001
                to 0.02, then 0 with the rate; above 0.1 the policy outruns its data.
-    clipped    Share of actions whose ratio left the range 1 +- CLIP_EPS. 5 to 20 % at
-               first, then less; 0 as the rate falls. Above 25 % for long: LEARNING_RATE
-               or EPOCHS too big; 0 from the start: too small.
+    clipped    Share of actions whose ratio left 1 +- CLIP_EPS on any side (lesson 4: as
+               A asks for). 5 to 20 %, then 0 with the rate. Above 25 % for long:
+               LEARNING_RATE or EPOCHS too big; 0 from the start: too small.
     entropy    From 1.38 down to 1 in 100,000 steps and 0.5 at the end. 0 early on: it
                tries nothing else any more; still 1.3: ENTROPY_BONUS too big.
     explained  1 - var(G - V) / var(G): 1 if the critic predicts perfectly, 0 or less if
                no better than a constant. 0 to 0.7 in the first ten updates, then above
-               0.7 with dips; near 0 for longer: it does not learn (see REWARD_SCALE).
+               0.7 with dips; near 0 for longer: it does not learn (see `ActorCritic`).
     """
     logits = agent.actor(batch["observations"])
     log_probs, entropies = log_probs_and_entropy(logits, batch["actions"])
@@ -520,7 +520,7 @@ def check_settings() -> None:
 def print_header() -> None:
     """Say what runs, for how long, and how to read the table that follows."""
     print(f"""\
-PPO on {ENV_ID}, seed {SEED}, on the CPU (a GPU is slower here); {TOTAL_STEPS:,} steps,
+PPO on {ENV_ID}, seed {SEED}, on the CPU (it needs no GPU); {TOTAL_STEPS:,} steps,
 about a minute for each million. 'return', a mean of 100 episodes, should rise past
 {SOLVED_SCORE:g}, 'explained' towards 1; healthy values of the others: see `diagnose`.
 

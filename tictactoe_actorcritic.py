@@ -7,8 +7,8 @@ What you will learn
 The algorithm in 7 steps
     1. Start from an actor (the policy: how likely is each move?) and a critic (how will
        the game end?) that know nothing. The opponent is a frozen copy of the actor.
-    2. Play many whole games against it, the learner moving first in half of them. Each
-       game has its own share of random moves of the opponent, from none to half.
+    2. Play many whole games against it. The actor (the *learner*) moves first in half.
+       Each game has its own chance that a move of the opponent is random, 0 to 1/2.
     3. Give each move of the learner its return: +1 for a game won, 0 drawn, -1 lost. A
        bad move in a won game gets +1 too; over many games the good ones get it more.
     4. Subtract what the critic expected. What is left is the advantage of the move.
@@ -16,8 +16,8 @@ The algorithm in 7 steps
        likely, and gets a bonus for variety (entropy); the critic moves its expectation
        towards the returns. The bonus and the size of the steps shrink with time.
     6. Every REFRESH_EVERY updates the opponent becomes a copy of what the actor is now.
-    7. Repeat from 2, at least NUM_UPDATES times, until the agent (always the actor's
-       most likely move) loses no line of play, whatever its opponent does. Then save.
+    7. Repeat from 2, at least NUM_UPDATES times, until the agent (the actor's likeliest
+       move) loses no *line of play*: no game that an opponent can bring about. Save.
 
 Symbols (T steps of one move each; N games side by side; B moves of the learner in all)
     s_t         observations   (T, N, 9)  stones: +1 side to move, -1 other side, 0 none
@@ -29,14 +29,14 @@ Symbols (T steps of one move each; N games side by side; B moves of the learner 
     ln pi(a|s)  log_probs      (B,)       log-probability of the move that was made
 
 Where this differs from the book (Sutton & Barto, 2nd ed., chapter 13), and why
-    * Our games are short, so we wait for their end: "REINFORCE with baseline" (13.4),
-      without a discount (gamma = 1). In 13.5, as in lesson 3, the critic looks ahead.
+    * We wait for the end of a game (gamma = 1): "REINFORCE with baseline" (13.4). The
+      book's actor-critic (13.5; lesson 3) puts V(s_{t+1}) in place of later rewards.
     * An entropy bonus, as in A3C (Mnih et al., 2016), so that no branch is forgotten.
 
 Run it, and what you should see (what goes wrong: tests/bugs/)
     python tictactoe_actorcritic.py     12 seconds on one core of a server CPU, no GPU
-    None of seeds 0-9 loses a line of play. Against random play all win 98.96 % moving
-    first and 91.64 % moving second (possible without any risk: 99.48, 91.64). Seed 0:
+    Seeds 0-9 lose no line of play. Against random play each wins 98.96 % moving first,
+    91.64 % second; at most 99.48, 91.64 without risking a loss. Seed 0 (lost: lines):
         wins 1st  wins 2nd  lost 1st  lost 2nd  updates  entropy (nats)      loss
             95.8      84.6         6        81       50           1.431   -0.0900
             98.7      91.5         0         2      200           0.985   -0.0784
@@ -81,7 +81,7 @@ REPORT_EVERY = 50  # updates between two checks of every line of play
 GAMES_PER_UPDATE = 512  # more is steadier but slower; in half the learner moves first
 REFRESH_EVERY = 20  # updates between two new opponents; never: it learns to gamble on
 #                     a beginner's blunders
-MAX_RANDOM_CHANCE = 0.5  # the largest share of random moves in step 2; 0: too few
+MAX_RANDOM_CHANCE = 0.5  # the largest chance of a random move in step 2; 0: too few
 #                          blunders are seen to learn how each is punished
 LEARNING_RATE = 0.01  # size of Adam's first steps; too small needs more updates
 ENTROPY_BONUS = 0.25  # of a nat (a won game is 1); too little: whole branches of the

@@ -11,10 +11,10 @@ The environment in 6 decisions (each is marked in the code with its number)
        (9,) int8; N boards side by side are an array (N, 9).
     2. Action: what the player does. A whole number from 0 to 8, the cell to take; for N
        boards an array (N,).
-    3. Mask: what the player may do. `info["action_mask"]` holds 1 for an empty cell.
+    3. Mask: what the player may do. `info["action_mask"]`: 1 where a move is possible.
     4. Reward: what the player wants. It goes to the side that has just moved: +1 for
        three in a row, 0 for a draw or while the game goes on, -1 for an illegal move.
-       What one side gets the other side loses: its reward is minus this.
+       `step` gives the mover's reward only; the other side's is minus that.
     5. End: `terminated` is True when the game is over by its own rules. `truncated`
        would mean that a time limit cut it short: always False, nine cells fill up.
     6. Randomness: the game has none, but `reset` must take a `seed` all the same. Moves
@@ -31,8 +31,8 @@ Run it, or use it
     env = gym.make("TicTacToe-v0", render_mode="human")
     envs = gym.make_vec("TicTacToe-v0", num_envs=1024)
 
-    For another game edit `WINS`, `has_won` and `play_moves`; for a larger board each 9
-    and 8 and `board_text`; in tictactoe_actorcritic.py ENV_ID, its import, PLIES, 9s.
+    Another game: edit the rules (`WINS` to `starting_board`); a larger board: also each
+    9 and 8. In tictactoe_actorcritic.py: ENV_ID, the import of the game, PLIES, each 9.
 """
 
 import gymnasium as gym
@@ -62,7 +62,7 @@ def legal_moves(boards: np.ndarray) -> np.ndarray:
 
 
 def has_won(boards: np.ndarray) -> np.ndarray:
-    """Has the side to move three in a row? boards (..., 9) -> (...) bool."""
+    """Has the side with the +1 stones three in a row? boards (..., 9) -> (...) bool."""
     return (boards[..., WINS].sum(axis=-1) == 3).any(axis=-1)
 
 
@@ -186,9 +186,9 @@ class TicTacToeVectorEnv(gym.vector.VectorEnv):
     """N boards that move together: the same game, N results for one call of `step`.
 
     One NumPy call moves all N boards, much faster than N calls of Python. A board whose
-    game has ended stays as it is while the others play on, which Gymnasium calls
-    AutoresetMode.DISABLED: moves on it are ignored, its reward is 0 and `terminated`
-    stays True until `reset`. So nine steps play N whole games.
+    game has ended waits for `reset` (Gymnasium's AutoresetMode.DISABLED). Here, moves
+    on it are ignored, its reward is 0 and `terminated` stays True: so nine steps play N
+    whole games.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": DISABLED}

@@ -2,8 +2,8 @@
 
     taskset -c 0 python tests/benchmarks/lunarlander_ablations.py
 
-The runs are shortened to 400,000 steps, learning rate and all, and so is the run that
-they are compared with. Prints a line for each run and writes, after each variation,
+The runs are shortened to 400,000 steps (one to 160,000), learning rate and all, and so
+is the run that they are compared with. Prints a line for each run and writes, after each variation,
 results/lunarlander_ablations.json beside this file. Name some variations to repeat only
 those. Needs the packages of tests/benchmarks/requirements.txt, as lunarlander.py does.
 """
@@ -72,6 +72,8 @@ VARIATIONS = {
     "GAE_LAMBDA = 0.9": {"GAE_LAMBDA": 0.9},
     "GAMMA = 0.99": {"GAMMA": 0.99},
     "EPOCHS = 1": {"EPOCHS": 1},
+    "EPOCHS = 20, 160,000 steps": {"EPOCHS": 20, "TOTAL_STEPS": 160_000},
+    "MINIBATCH_SIZE = 4,096": {"MINIBATCH_SIZE": 4_096},
 }
 
 
@@ -82,7 +84,7 @@ def main() -> None:
     for name in sys.argv[1:] or VARIATIONS:
         runs = [run for run in runs if run["variation"] != name]
         for seed in SEEDS:
-            figures, _ = train(seed, TOTAL_STEPS=STEPS, **VARIATIONS[name])
+            figures, _ = train(seed, **{"TOTAL_STEPS": STEPS, **VARIATIONS[name]})
             runs.append({"variation": name, **figures})
             print(f"{name:34}{seed:4}{figures['greedy mean']:9.1f}", flush=True)
         done = [variation for variation in VARIATIONS if variation in names(runs)]
