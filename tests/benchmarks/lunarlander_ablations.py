@@ -3,9 +3,10 @@
     taskset -c 0 python tests/benchmarks/lunarlander_ablations.py
 
 The runs are shortened to 400,000 steps (one to 160,000), learning rate and all, and so
-is the run that they are compared with. Prints a line for each run and writes, after each variation,
-results/lunarlander_ablations.json beside this file. Name some variations to repeat only
-those. Needs the packages of tests/benchmarks/requirements.txt, as lunarlander.py does.
+is the run that they are compared with. Prints a line for each run and writes, after
+each variation, results/lunarlander_ablations.json beside this file. Name some
+variations to repeat only those. Needs tests/benchmarks/requirements.txt, as
+lunarlander.py does.
 """
 
 import json
