@@ -35,7 +35,6 @@ Run it, and what you should see (manual: README.md; what goes wrong: tests/bugs/
     python grpo_training.py      fetches 560 million weights, then 17 s a step on a CPU
     core. Offline it trains the small models of grpo_tiny/, 20 s in all. Seed 0 then:
         Step 0 | Reward -1.175 (std 1.633, max +2.764)
-          loss 0 | KL 0 | entropy 1.12 | clipped 0 | length 60.6 | cut off 0.75 | ...
         Step 49 | Reward +2.138 (std 0.925, max +2.930)
           loss 0 | KL 0 | entropy 0.892 | clipped 0 | length 43.4 | cut off 0.125 | ...
     Fresh responses: -0.748 before, +1.635 after. Loss 0 is right: see grpo_loss.
