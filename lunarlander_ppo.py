@@ -476,9 +476,11 @@ def main() -> None:
         score = scores.mean().item()
         suffix = "" if score >= SOLVED_SCORE else "_unsolved"
         names = save_run(agent, history, suffix, steps=steps, greedy_score=score)
-    except BaseException:  # Ctrl-C or an error: keep the run, then show what ended it
+    except BaseException as end:  # Ctrl-C or an error
         kept = save_run(agent, history, "_interrupted", steps=steps)
         print(f"\nThis run is kept in {kept}; older weights are as they were.")
+        if isinstance(end, KeyboardInterrupt):
+            sys.exit("Stopped.")
         raise
     spread = f"std {scores.std():.1f}, minimum {scores.min():.1f}"
     print(f"\nGreedy on {len(scores)} held-out episodes: mean {score:.1f}, {spread}.")

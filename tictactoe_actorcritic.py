@@ -418,9 +418,11 @@ def main() -> None:
         facts = {"updates": update, "lost_lines": sum(lost)}
         suffix = "_unsolved" if sum(lost) else ""
         names = save_run(actor, critic, history, suffix, **facts)
-    except BaseException:  # Ctrl-C or an error: keep the run, then show what ended it
+    except BaseException as end:  # Ctrl-C or an error
         kept = save_run(actor, critic, history, "_interrupted")
         print(f"\nThis run is kept in {kept}; older weights are as they were.")
+        if isinstance(end, KeyboardInterrupt):
+            sys.exit("Stopped.")
         raise
     if sum(lost):
         sys.exit(f"{sum(lost)} lines of play lost in the end; kept in {names}.")

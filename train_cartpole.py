@@ -306,9 +306,11 @@ def main() -> None:
         suffix = "" if perfect else "_unsolved"
         names = save_run(policy, scores, suffix, greedy_score=greedy_score)
         print(f"\nHeld-out episodes, played greedily: {greedy_score:.1f} on average")
-    except BaseException:  # Ctrl-C or an error: keep the run, then show what ended it
+    except BaseException as end:  # Ctrl-C or an error
         kept = save_run(policy, scores, "_interrupted")
         print(f"\nThis run is kept in {kept}; older weights are as they were.")
+        if isinstance(end, KeyboardInterrupt):
+            sys.exit("Stopped.")
         raise
     if not perfect:
         sys.exit(f"Not perfect after {len(scores)} episodes; kept in {names}.")
