@@ -51,12 +51,14 @@ Try this (a run that ends above 200 replaces the shipped weights)
       paths, and REWARD_SCALE so that returns are near 1.
 """
 
+import contextlib
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gymnasium as gym
@@ -448,8 +450,13 @@ def main() -> None:
     updates = TOTAL_STEPS // (NUM_ENVS * ROLLOUT_STEPS)
     history, steps, start = [], 0, time.perf_counter()
 
-    try:
+    with keep_unfinished_run(
+        lambda: save_run(agent, history, "_interrupted", steps=steps)
+    ) as stopped:
         for update in tqdm(range(updates), unit="update", leave=False, disable=None):
+            if stopped:
+                sys.exit(f"Stopped after {steps:,} steps.")
+
             # 2. Fly.
             rollout, observations, finished = collect(envs, agent.actor, observations)
             steps += rollout["rewards"].numel()
@@ -476,12 +483,6 @@ def main() -> None:
         score = scores.mean().item()
         suffix = "" if score >= SOLVED_SCORE else "_unsolved"
         names = save_run(agent, history, suffix, steps=steps, greedy_score=score)
-    except BaseException as end:  # Ctrl-C or an error
-        kept = save_run(agent, history, "_interrupted", steps=steps)
-        print(f"\nThis run is kept in {kept}; older weights are as they were.")
-        if isinstance(end, KeyboardInterrupt):
-            sys.exit("Stopped.")
-        raise
     spread = f"std {scores.std():.1f}, minimum {scores.min():.1f}"
     print(f"\nGreedy on {len(scores)} held-out episodes: mean {score:.1f}, {spread}.")
     if suffix:
@@ -538,6 +539,26 @@ def report_line(history: list, steps: int, speed: float, numbers: tuple) -> str:
         f"{mean_return:6.1f}{length:8.0f}{steps:11,}{speed:9,.0f}"
         f"{kl:8.4f}{clipped:9.0%}{entropy:9.3f}{explained:11.2f}"
     )
+
+
+@contextlib.contextmanager
+def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
+    """Whatever ends the lines inside early, `save()` keeps the run so far.
+
+    Ctrl-C or `kill` only leaves a mark in the list that this gives; main() looks at it
+    once an update. An exception can be lost in Box2D: raised in a `__del__` there,
+    Python ignores it.
+    """
+    stopped, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, lambda *_: stopped.append(True)) for n in numbers]
+    try:
+        yield stopped
+    except BaseException:
+        print(f"\nThis run is kept in {save()}; older weights are as they were.")
+        raise
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def save_run(agent: ActorCritic, history: list, suffix: str = "", **facts) -> str:

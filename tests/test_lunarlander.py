@@ -876,7 +876,8 @@ def test_a_run_that_ends_below_200_says_so_and_keeps_the_good_weights(tmp_path):
     assert lesson.load_agent(tmp_path / "ppo_lunarlander_final_unsolved.pt")
 
 
-def test_ctrl_c_keeps_the_run_under_another_name(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_kill_keeps_the_run_under_another_name(tmp_path, number):
     script = "lunarlander_ppo.py"
     text = (ROOT / script).read_text()
     text = re.sub(r"^REPORT_EVERY = \d+", "REPORT_EVERY = 1", text, flags=re.MULTILINE)
@@ -893,10 +894,10 @@ def test_ctrl_c_keeps_the_run_under_another_name(tmp_path):
         if line.startswith("return  length"):
             break
     training.stdout.readline()  # the first line of the table: now it trains
-    training.send_signal(signal.SIGINT)
+    training.send_signal(number)
     printed, errors = training.communicate(timeout=30)
-    assert (training.returncode, errors) == (1, "Stopped.\n")
-    assert "This run is kept in" in printed
+    assert training.returncode == 1 and "This run is kept in" in printed
+    assert re.fullmatch(r"Stopped after [\d,]+ steps\.", errors.strip())
     assert (tmp_path / SHIPPED.name).read_bytes() == b"good"
     assert lesson.load_agent(tmp_path / "ppo_lunarlander_final_interrupted.pt")
 
@@ -905,6 +906,24 @@ def interrupted_files(folder):
     """The names of all files, if they are those of a run that ended early."""
     assert lesson.load_agent(folder / "w_interrupted.pt")
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_ctrl_c_inside_box2d_stops_the_run_after_that_update(
+    in_folder, monkeypatch, capsys
+):
+    collect, before = lesson.collect, signal.getsignal(signal.SIGINT)
+
+    def collect_and_press(*arguments):
+        signal.raise_signal(signal.SIGINT)  # no exception: Box2D would swallow it
+        return collect(*arguments)
+
+    change(monkeypatch, collect=collect_and_press)
+    steps = lesson.NUM_ENVS * lesson.ROLLOUT_STEPS
+    with pytest.raises(SystemExit, match=f"Stopped after {steps:,} steps."):
+        lesson.main()
+    assert "This run is kept in w_interrupted.pt" in capsys.readouterr().out
+    assert interrupted_files(in_folder) == ["c_interrupted.png", "w_interrupted.pt"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("broken", ["learn", "evaluate"])
@@ -919,6 +938,19 @@ def test_an_error_in_training_or_in_the_last_evaluation_keeps_the_run_and_is_sho
         lesson.main()
     assert "This run is kept in w_interrupted.pt" in capsys.readouterr().out
     assert interrupted_files(in_folder) == ["c_interrupted.png", "w_interrupted.pt"]
+
+
+def test_a_ctrl_c_in_the_last_evaluation_is_not_heard_since_the_run_is_complete(
+    in_folder, monkeypatch, capsys
+):
+    def evaluate_and_press(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return np.array([300.0]), np.array([False])
+
+    change(monkeypatch, TOTAL_STEPS=10_000, evaluate=evaluate_and_press)
+    lesson.main()
+    assert "Written: w.pt and c.png" in capsys.readouterr().out
+    assert sorted(path.name for path in in_folder.iterdir()) == ["c.png", "w.pt"]
 
 
 def test_a_full_disk_while_saving_leaves_the_old_weights_whole_and_nothing_else(
