@@ -1,0 +1,284 @@
+"""The lessons as the tests see them: one entry each, and the tools that all tests use.
+
+A new lesson needs one entry in LESSONS; tests/test_contract.py then holds it to what
+every lesson promises.
+"""
+
+import ast
+import importlib
+import inspect
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NAN, INF = math.nan, math.inf
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the tests have to know about a lesson."""
+
+    scripts: tuple[str, ...]  # the first one trains, the last one shows the result
+    weights: dict[str, str]  # Setting with the path of a file: the function to load it
+    short: dict  # Settings for a run of seconds, too short to reach its aim
+    impossible: dict  # Settings, each with values that make no sense
+    curve: str = "CURVE_PATH"  # Setting with the path of the learning curve
+    save_dir: str = ""  # Setting with the folder that is written instead of weights
+    folders: tuple[str, ...] = ()  # what a copy of the scripts needs beside it
+
+    @property
+    def module(self):
+        """The training script, imported."""
+        return importlib.import_module(self.scripts[0].removesuffix(".py"))
+
+    @property
+    def written(self):
+        """The Settings that say where the lesson writes."""
+        return [self.save_dir] if self.save_dir else [*self.weights, self.curve]
+
+
+LESSONS = {
+    "cartpole": Lesson(
+        scripts=("train_cartpole.py", "cartpoleinference.py"),
+        weights={"WEIGHTS_PATH": "load_policy"},
+        short={
+            "MAX_EPISODES": 32,
+            "EPISODES_PER_UPDATE": 16,
+            "REPORT_EVERY": 1,
+            "CHECK_EPISODES": 2,
+            "HELD_OUT_EPISODES": 2,
+        },
+        impossible={
+            "LEARNING_RATE": [-0.01, 0, NAN],
+            "GAMMA": [1.1, -0.1, NAN],
+            "MAX_EPISODES": [0],
+            "EPISODES_PER_UPDATE": [0],
+            "CHECK_EPISODES": [0],
+            "HELD_OUT_EPISODES": [0],
+            "REPORT_EVERY": [0],
+            "HIDDEN_UNITS": [0],
+            "SEED": [-1, 500_000],
+        },
+    ),
+    "tictactoe": Lesson(
+        scripts=("tictactoe_actorcritic.py", "tictactoe_env.py", "tictactoe_eval.py"),
+        weights={"ACTOR_PATH": "load_actor", "CRITIC_PATH": "load_critic"},
+        short={
+            "NUM_UPDATES": 2,
+            "MAX_UPDATES": 2,
+            "REPORT_EVERY": 1,
+            "GAMES_PER_UPDATE": 64,
+        },
+        impossible={
+            "LEARNING_RATE": [-0.01, 0, NAN],
+            "ENTROPY_BONUS": [-0.1, NAN],
+            "NUM_UPDATES": [0],
+            "MAX_UPDATES": [0],
+            "GAMES_PER_UPDATE": [1],
+            "REFRESH_EVERY": [0],
+            "REPORT_EVERY": [0],
+            "MAX_RANDOM_CHANCE": [1.1, -0.1],
+            "LAST_SHARE": [0, 1.1],
+            "HIDDEN_UNITS": [0],
+            "SEED": [-1, 500_000],
+        },
+    ),
+    "lunarlander": Lesson(
+        scripts=("lunarlander_ppo.py", "lunar_eval.py"),
+        weights={"WEIGHTS_PATH": "load_agent"},
+        short={
+            "TOTAL_STEPS": 1_024,
+            "NUM_ENVS": 4,
+            "ROLLOUT_STEPS": 128,
+            "REPORT_EVERY": 1,
+            "HELD_OUT_EPISODES": 2,
+        },
+        impossible={
+            "LEARNING_RATE": [-0.01, 0, NAN],
+            "FINAL_RATE": [1.5, -0.1],
+            "TOTAL_STEPS": [0, 100],
+            "NUM_ENVS": [0],
+            "ROLLOUT_STEPS": [0],
+            "EPOCHS": [0],
+            "MINIBATCH_SIZE": [0],
+            "REPORT_EVERY": [0],
+            "GAMMA": [1.1, NAN],
+            "GAE_LAMBDA": [-0.1, 1.1],
+            "CLIP_EPS": [0],
+            "ENTROPY_BONUS": [-1],
+            "VALUE_WEIGHT": [-1],
+            "MAX_GRAD_NORM": [0],
+            "REWARD_SCALE": [0],
+            "HIDDEN_UNITS": [0],
+            "HELD_OUT_EPISODES": [0],
+            "SEED": [-1, 10**6],
+        },
+    ),
+    "grpo": Lesson(
+        scripts=("grpo_training.py",),
+        weights={},
+        save_dir="SAVE_DIR",
+        folders=("grpo_tiny",),
+        short={
+            "DEVICE": "cpu",
+            "POLICY_MODEL_NAME": "grpo_tiny/policy",
+            "REWARD_MODEL_NAME": "grpo_tiny/reward",
+            "NUM_STEPS": 2,
+            "NUM_SAMPLES": 4,
+            "EVAL_SAMPLES": 2,
+            "MAX_NEW_TOKENS": 8,
+        },
+        impossible={
+            "LR": [-1e-5, 0, 2, NAN],
+            "DEVICE": ["gpu"],
+            "PROMPTS": [[], "a text", [""]],
+            "NUM_SAMPLES": [1],
+            "EVAL_SAMPLES": [1],
+            "NUM_STEPS": [0],
+            "MAX_NEW_TOKENS": [0],
+            "INNER_STEPS": [0],
+            "MICRO_BATCH_SIZE": [0],
+            "TOP_P": [0, 1.5],
+            "CLIP_EPS": [0, INF],
+            "TEMPERATURE": [0, NAN],
+            "KL_COEF": [-0.1, NAN],
+            "MAX_GRAD_NORM": [-1, 0],
+            "MIXED_PRECISION": ["fp16", None],
+            "SAVE_DIR": ["grpo_tiny", "grpo_tiny/new"],
+            "SEED": [-1, 500_000],
+        },
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------
+# Scripts with other Settings, run as a person would run them
+# ------------------------------------------------------------------------------------
+
+
+def settings_in(text):
+    """The Settings of a script: their names, and the code of their values."""
+    return {
+        node.targets[0].id: ast.get_source_segment(text, node.value)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id.isupper()
+    }
+
+
+def with_settings(text, **settings):
+    """The text of a script with other values of some Settings, whatever they are now.
+
+    A value may be a number, a text, a list or a Path.
+    """
+    present = settings_in(text)
+    for name, value in settings.items():
+        code = repr(value)
+        if isinstance(value, Path):
+            code = f"Path({str(value)!r})"
+        elif isinstance(value, float) and not math.isfinite(value):
+            code = f"float({str(value)!r})"
+        old, new = f"\n{name} = {present[name]}", f"\n{name} = {code}"
+        assert text.count(old) == 1, name
+        text = text.replace(old, new)
+    return text
+
+
+def copy_lesson(folder, lesson, **settings):
+    """Copy a lesson's scripts; a Setting goes into the first script that has it."""
+    for name in lesson.folders:
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    left = dict(settings)
+    for name in lesson.scripts:
+        text = (ROOT / name).read_text()
+        here = {key: left.pop(key) for key in settings_in(text) if key in left}
+        (folder / name).write_text(with_settings(text, **here))
+    assert not left, f"no script has the Settings {', '.join(left)}"
+
+
+def quiet_environment(folder):
+    """Variables for a program that may use one core, no display and no network."""
+    without = "DISPLAY", "WAYLAND_DISPLAY", "HF_TOKEN"
+    variables = {k: v for k, v in os.environ.items() if k not in without}
+    variables |= {
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "agg",
+        "SDL_VIDEODRIVER": "dummy",
+    }
+    variables |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / ".hub")}
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
+    return variables | {"PATH": programs, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def start_copy(folder, lesson, command, **settings):
+    """Start `python command...` in a folder with a copy of the lesson; do not wait."""
+    copy_lesson(folder, lesson, **settings)
+    return subprocess.Popen(
+        [sys.executable, "-u", *command],
+        cwd=folder,
+        env=quiet_environment(folder),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_copy(folder, lesson, command, **settings):
+    """Run `python command...` in a folder with an edited copy of the lesson."""
+    program = start_copy(folder, lesson, command, **settings)
+    try:
+        printed, errors = program.communicate(timeout=600)
+    finally:
+        program.kill()  # it has ended long ago, unless the deadline is over
+    code = program.returncode
+    return subprocess.CompletedProcess(command, code, printed, errors)
+
+
+def assert_one_plain_line(done, *words):
+    """The program ended with status 1 and one line on stderr that holds these words."""
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr, (word, done.stderr)
+
+
+# ------------------------------------------------------------------------------------
+# Inside the test's own process
+# ------------------------------------------------------------------------------------
+
+
+def spy_on(monkeypatch, module, name):
+    """A list that gets a dict for each call of module.name, from now on.
+
+    The dict has the arguments by their names, and the result under "return".
+    """
+    calls, real = [], getattr(module, name)
+    signature = inspect.signature(real)
+
+    def spy(*positional, **named):
+        bound = signature.bind(*positional, **named)
+        bound.apply_defaults()
+        calls.append(dict(bound.arguments))
+        calls[-1]["return"] = result = real(*positional, **named)
+        return result
+
+    monkeypatch.setattr(module, name, spy)
+    return calls
+
+
+class Bomb:
+    """Unpickling this would create the folder `boom`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder / "boom"),)
