@@ -5,11 +5,11 @@ every lesson promises.
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import math
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +19,11 @@ ROOT = Path(__file__).parents[1]
 NAN, INF = math.nan, math.inf
 
 
+def zero(names):
+    """Settings that must not be 0."""
+    return {name: [0] for name in names.split()}
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What the tests have to know about a lesson."""
@@ -26,8 +31,8 @@ class Lesson:
     scripts: tuple[str, ...]  # the first one trains, the last one shows the result
     weights: dict[str, str]  # Setting with the path of a file: the function to load it
     short: dict  # Settings for a run of seconds, too short to reach its aim
-    impossible: dict  # Settings, each with values that make no sense
-    curve: str = "CURVE_PATH"  # Setting with the path of the learning curve
+    endless: dict  # Settings with which it would go on for hours
+    impossible: dict  # Settings of any of the scripts, and values that make no sense
     save_dir: str = ""  # Setting with the folder that is written instead of weights
     folders: tuple[str, ...] = ()  # what a copy of the scripts needs beside it
 
@@ -36,10 +41,18 @@ class Lesson:
         """The training script, imported."""
         return importlib.import_module(self.scripts[0].removesuffix(".py"))
 
+    def module_with(self, name):
+        """The first script that has this Setting, imported."""
+        texts = {script: (ROOT / script).read_text() for script in self.scripts}
+        script = next(script for script in texts if name in settings_in(texts[script]))
+        return importlib.import_module(script.removesuffix(".py"))
+
     @property
-    def written(self):
-        """The Settings that say where the lesson writes."""
-        return [self.save_dir] if self.save_dir else [*self.weights, self.curve]
+    def paths(self):
+        """The Settings of all its scripts that say where something is written."""
+        texts = [(ROOT / script).read_text() for script in self.scripts]
+        names = [name for text in texts for name in settings_in(text)]
+        return [name for name in names if name.endswith(("_PATH", "_DIR"))]
 
 
 LESSONS = {
@@ -48,20 +61,17 @@ LESSONS = {
         weights={"WEIGHTS_PATH": "load_policy"},
         short={
             "MAX_EPISODES": 32,
-            "EPISODES_PER_UPDATE": 16,
+            "EPISODES_PER_UPDATE": 8,
             "REPORT_EVERY": 1,
             "CHECK_EPISODES": 2,
             "HELD_OUT_EPISODES": 2,
         },
-        impossible={
+        endless={"MAX_EPISODES": 10**8, "LEARNING_RATE": 1e-6},
+        impossible=zero("MAX_EPISODES EPISODES_PER_UPDATE CHECK_EPISODES REPORT_EVERY")
+        | zero("HELD_OUT_EPISODES HIDDEN_UNITS GIF_EVERY")
+        | {
             "LEARNING_RATE": [-0.01, 0, NAN],
             "GAMMA": [1.1, -0.1, NAN],
-            "MAX_EPISODES": [0],
-            "EPISODES_PER_UPDATE": [0],
-            "CHECK_EPISODES": [0],
-            "HELD_OUT_EPISODES": [0],
-            "REPORT_EVERY": [0],
-            "HIDDEN_UNITS": [0],
             "SEED": [-1, 500_000],
         },
     ),
@@ -69,22 +79,20 @@ LESSONS = {
         scripts=("tictactoe_actorcritic.py", "tictactoe_env.py", "tictactoe_eval.py"),
         weights={"ACTOR_PATH": "load_actor", "CRITIC_PATH": "load_critic"},
         short={
-            "NUM_UPDATES": 2,
-            "MAX_UPDATES": 2,
+            "NUM_UPDATES": 3,
+            "MAX_UPDATES": 3,
             "REPORT_EVERY": 1,
             "GAMES_PER_UPDATE": 64,
         },
-        impossible={
+        endless={"NUM_UPDATES": 10**8, "MAX_UPDATES": 10**8},
+        impossible=zero("NUM_UPDATES MAX_UPDATES REFRESH_EVERY REPORT_EVERY")
+        | zero("HIDDEN_UNITS")
+        | {
             "LEARNING_RATE": [-0.01, 0, NAN],
             "ENTROPY_BONUS": [-0.1, NAN],
-            "NUM_UPDATES": [0],
-            "MAX_UPDATES": [0],
             "GAMES_PER_UPDATE": [1],
-            "REFRESH_EVERY": [0],
-            "REPORT_EVERY": [0],
             "MAX_RANDOM_CHANCE": [1.1, -0.1],
             "LAST_SHARE": [0, 1.1],
-            "HIDDEN_UNITS": [0],
             "SEED": [-1, 500_000],
         },
     ),
@@ -94,28 +102,22 @@ LESSONS = {
         short={
             "TOTAL_STEPS": 1_024,
             "NUM_ENVS": 4,
-            "ROLLOUT_STEPS": 128,
+            "ROLLOUT_STEPS": 64,
             "REPORT_EVERY": 1,
             "HELD_OUT_EPISODES": 2,
         },
-        impossible={
+        endless={"TOTAL_STEPS": 10**10},
+        impossible=zero("NUM_ENVS ROLLOUT_STEPS EPOCHS MINIBATCH_SIZE REPORT_EVERY")
+        | zero("CLIP_EPS MAX_GRAD_NORM REWARD_SCALE HIDDEN_UNITS HELD_OUT_EPISODES")
+        | zero("GIF_EVERY")
+        | {
             "LEARNING_RATE": [-0.01, 0, NAN],
             "FINAL_RATE": [1.5, -0.1],
             "TOTAL_STEPS": [0, 100],
-            "NUM_ENVS": [0],
-            "ROLLOUT_STEPS": [0],
-            "EPOCHS": [0],
-            "MINIBATCH_SIZE": [0],
-            "REPORT_EVERY": [0],
             "GAMMA": [1.1, NAN],
             "GAE_LAMBDA": [-0.1, 1.1],
-            "CLIP_EPS": [0],
             "ENTROPY_BONUS": [-1],
             "VALUE_WEIGHT": [-1],
-            "MAX_GRAD_NORM": [0],
-            "REWARD_SCALE": [0],
-            "HIDDEN_UNITS": [0],
-            "HELD_OUT_EPISODES": [0],
             "SEED": [-1, 10**6],
         },
     ),
@@ -128,21 +130,19 @@ LESSONS = {
             "DEVICE": "cpu",
             "POLICY_MODEL_NAME": "grpo_tiny/policy",
             "REWARD_MODEL_NAME": "grpo_tiny/reward",
-            "NUM_STEPS": 2,
+            "NUM_STEPS": 3,
             "NUM_SAMPLES": 4,
             "EVAL_SAMPLES": 2,
             "MAX_NEW_TOKENS": 8,
         },
-        impossible={
+        endless={"NUM_STEPS": 10**8},
+        impossible=zero("NUM_STEPS MAX_NEW_TOKENS INNER_STEPS MICRO_BATCH_SIZE")
+        | {
             "LR": [-1e-5, 0, 2, NAN],
             "DEVICE": ["gpu"],
             "PROMPTS": [[], "a text", [""]],
             "NUM_SAMPLES": [1],
             "EVAL_SAMPLES": [1],
-            "NUM_STEPS": [0],
-            "MAX_NEW_TOKENS": [0],
-            "INNER_STEPS": [0],
-            "MICRO_BATCH_SIZE": [0],
             "TOP_P": [0, 1.5],
             "CLIP_EPS": [0, INF],
             "TEMPERATURE": [0, NAN],
@@ -161,6 +161,7 @@ LESSONS = {
 # ------------------------------------------------------------------------------------
 
 
+@functools.cache
 def settings_in(text):
     """The Settings of a script: their names, and the code of their values."""
     return {
@@ -205,24 +206,26 @@ def copy_lesson(folder, lesson, **settings):
 
 def quiet_environment(folder):
     """Variables for a program that may use one core, no display and no network."""
-    without = "DISPLAY", "WAYLAND_DISPLAY", "HF_TOKEN"
-    variables = {k: v for k, v in os.environ.items() if k not in without}
-    variables |= {
+    unset = "DISPLAY", "WAYLAND_DISPLAY", "HF_TOKEN"
+    variables = {name: os.environ[name] for name in os.environ if name not in unset}
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return variables | {
+        "PATH": programs,
+        "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "MPLBACKEND": "agg",
         "SDL_VIDEODRIVER": "dummy",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(folder / ".hub"),
     }
-    variables |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / ".hub")}
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
-    return variables | {"PATH": programs, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def start_copy(folder, lesson, command, **settings):
-    """Start `python command...` in a folder with a copy of the lesson; do not wait."""
+def start_copy(folder, lesson, command, cwd=None, **settings):
+    """Start `python command...` in a folder with an edited copy of the lesson."""
     copy_lesson(folder, lesson, **settings)
     return subprocess.Popen(
         [sys.executable, "-u", *command],
-        cwd=folder,
+        cwd=cwd or folder,
         env=quiet_environment(folder),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -231,15 +234,20 @@ def start_copy(folder, lesson, command, **settings):
     )
 
 
-def run_copy(folder, lesson, command, **settings):
-    """Run `python command...` in a folder with an edited copy of the lesson."""
-    program = start_copy(folder, lesson, command, **settings)
-    try:
-        printed, errors = program.communicate(timeout=600)
-    finally:
-        program.kill()  # it has ended long ago, unless the deadline is over
+def end_of(program):
+    """Wait for a program that was started; give its status and what it printed."""
+    with program:
+        try:
+            printed, errors = program.communicate(timeout=600)
+        finally:
+            program.kill()  # without effect, unless the deadline is over
     code = program.returncode
-    return subprocess.CompletedProcess(command, code, printed, errors)
+    return subprocess.CompletedProcess(program.args, code, printed, errors)
+
+
+def run_copy(folder, lesson, command, cwd=None, **settings):
+    """Run `python command...` in a folder with an edited copy of the lesson."""
+    return end_of(start_copy(folder, lesson, command, cwd, **settings))
 
 
 def assert_one_plain_line(done, *words):
