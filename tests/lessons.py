@@ -235,10 +235,10 @@ def start_copy(folder, lesson, command, cwd=None, **settings):
 
 
 def end_of(program):
-    """Wait for a program that was started; give its status and what it printed."""
+    """Wait for a program that was started; give its status and what it prints."""
     with program:
         try:
-            printed, errors = program.communicate(timeout=600)
+            printed, errors = program.communicate(timeout=300)
         finally:
             program.kill()  # without effect, unless the deadline is over
     code = program.returncode
