@@ -85,9 +85,9 @@ LESSONS = {
             "GAMES_PER_UPDATE": 64,
         },
         endless={"NUM_UPDATES": 10**8, "MAX_UPDATES": 10**8},
-        impossible=zero("NUM_UPDATES MAX_UPDATES REFRESH_EVERY REPORT_EVERY")
-        | zero("HIDDEN_UNITS")
+        impossible=zero("NUM_UPDATES REFRESH_EVERY REPORT_EVERY HIDDEN_UNITS")
         | {
+            "MAX_UPDATES": [-1],
             "LEARNING_RATE": [-0.01, 0, NAN],
             "ENTROPY_BONUS": [-0.1, NAN],
             "GAMES_PER_UPDATE": [1],
