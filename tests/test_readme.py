@@ -13,14 +13,10 @@ from lessons import LESSONS, ROOT, copy_lesson, quiet_environment
 from transformers import AutoModelForCausalLM
 from transformers.models.gpt2 import modeling_gpt2
 
-FILES = [*ROOT.iterdir()]
-FILES += [
-    path for top in ("grpo_tiny", "tests", "assets") for path in (ROOT / top).rglob("*")
-]
-PAGES = sorted(path for path in FILES if path.suffix == ".md")
-EACH_PAGE = pytest.mark.parametrize(
-    "page", PAGES, ids=lambda p: str(p.relative_to(ROOT))
-)
+FOLDERS = ROOT / "grpo_tiny", ROOT / "tests", ROOT / "assets"
+FILES = [*ROOT.iterdir(), *(path for top in FOLDERS for path in top.rglob("*"))]
+PAGES = sorted(str(path.relative_to(ROOT)) for path in FILES if path.suffix == ".md")
+EACH_PAGE = pytest.mark.parametrize("page", [ROOT / page for page in PAGES], ids=PAGES)
 CODE = "\n".join(path.read_text() for path in FILES if path.suffix == ".py")
 README = ROOT / "README.md"
 
@@ -61,13 +57,8 @@ def is_there(name):
     patterns = (ROOT / ".gitignore").read_text().splitlines()
     patterns = [p.strip("/") for p in patterns if p and not p.startswith("#")]
     name = name.strip("./")
-    written = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    return written or any(f"/{file}".endswith(f"/{name}") for file in FILES)
-
-
-# ------------------------------------------------------------------------------------
-# What a page names
-# ------------------------------------------------------------------------------------
+    by_running = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    return by_running or any(f"/{file}".endswith(f"/{name}") for file in FILES)
 
 
 @EACH_PAGE
@@ -106,11 +97,9 @@ def test_every_lesson_is_named_in_the_readme():
 # What the README lets a reader run
 # ------------------------------------------------------------------------------------
 
-RUN = [
-    x for x in commands(README) if re.match(r"(python \S+\.py|accelerate|torchrun)", x)
-]
-DIFFS = blocks(README, "diff")
-PYTHON = blocks(README, "python")
+PROGRAM = r"python \S+\.py|accelerate|torchrun"
+RUN = [line for line in commands(README) if re.match(PROGRAM, line)]
+DIFFS, PYTHON = blocks(README, "diff"), blocks(README, "python")
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +117,8 @@ def copied(tmp_path_factory):
 
 def run(command, folder):
     """Run a command in a folder, without a display and without the Hub."""
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=quiet_environment(folder),
-        input="q\n",
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    how = {"capture_output": True, "text": True, "input": "q\n", "timeout": 600}
+    return subprocess.run(command, cwd=folder, env=quiet_environment(folder), **how)
 
 
 @pytest.mark.parametrize("line", RUN)
@@ -148,7 +130,7 @@ def test_every_command_of_the_readme_runs(copied, line):
         return
     line = line.replace("--num_processes 4", "--num_processes 2")  # of two cores
     done = run(shlex.split(line, comments=True), copied)
-    assert "Traceback" not in done.stderr and len(done.stdout.splitlines()) > 3
+    assert "Traceback" not in done.stderr and done.stdout
     # A training that is cut so short misses its aim, and says so in one line.
     assert done.returncode == 0 or len(done.stderr.splitlines()) == 1, done.stderr
 
