@@ -72,7 +72,7 @@ LESSONS = {
         | {
             "LEARNING_RATE": [-0.01, 0, NAN],
             "GAMMA": [1.1, -0.1, NAN],
-            "SEED": [-1, 500_000],
+            "SEED": [-1, 10**6],
         },
     ),
     "tictactoe": Lesson(
