@@ -239,7 +239,7 @@ def test_weights_that_cannot_be_used_are_refused_in_one_line(
     elif bad == "foreign":
         torch.save(torch.nn.Linear(4, 2).state_dict(), path)
     elif bad == "other task":
-        torch.save(checkpoint | {"env_id": "Acrobot-v1"}, path)
+        torch.save(checkpoint | {"env_id": "Other-v0"}, path)
     elif bad == "code":
         torch.save(checkpoint | {"weights": Bomb(tmp_path)}, path)
     elif bad != "missing":
