@@ -137,10 +137,12 @@ LESSONS = {
         },
         endless={"NUM_STEPS": 10**8},
         impossible=zero("NUM_STEPS MAX_NEW_TOKENS INNER_STEPS MICRO_BATCH_SIZE")
+        | zero("PROMPTS_PER_STEP REPORT_EVERY")
         | {
             "LR": [-1e-5, 0, 2, NAN],
             "DEVICE": ["gpu"],
-            "PROMPTS": [[], "a text", [""]],
+            "PROMPTS": [[], "a text", [""], ["a text", " "]],
+            "EVAL_PROMPTS": [[], "a text"],
             "NUM_SAMPLES": [1],
             "EVAL_SAMPLES": [1],
             "TOP_P": [0, 1.5],
@@ -149,7 +151,9 @@ LESSONS = {
             "KL_COEF": [-0.1, NAN],
             "MAX_GRAD_NORM": [-1, 0],
             "MIXED_PRECISION": ["fp16", None],
-            "SAVE_DIR": ["grpo_tiny", "grpo_tiny/new"],
+            "LORA_RANK": [-1],
+            "SAVE_EVERY": [-1],
+            "SAVE_DIR": ["grpo_tiny", "grpo_tiny/new", ".", "tests"],
             "SEED": [-1, 500_000],
         },
     ),
@@ -164,13 +168,9 @@ LESSONS = {
 @functools.cache
 def settings_in(text):
     """The Settings of a script: their names, and the code of their values."""
-    return {
-        node.targets[0].id: ast.get_source_segment(text, node.value)
-        for node in ast.parse(text).body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and node.targets[0].id.isupper()
-    }
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+    lines = [ast.get_source_segment(text, node).partition(" = ") for node in nodes]
+    return {n: value for n, _, value in lines if n.isupper() and n.isidentifier()}
 
 
 def with_settings(text, **settings):

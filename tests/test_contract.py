@@ -7,7 +7,6 @@ run so far is kept, in whole files, beside the good weights of an earlier run.
 import io
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -92,10 +91,10 @@ def weights(lesson, folder, suffix=""):
 
 def put_older_weights(lesson, folder):
     """Leave what an earlier run might have left there; give it as contents() does."""
+    if lesson.save_dir:
+        lesson.module.main()
     for path in places(lesson, folder):
-        if lesson.save_dir:
-            shutil.copytree(ROOT / "grpo_tiny" / "policy", path)
-        else:
+        if lesson.weights:
             path.write_bytes(b"good")
     return contents(folder)
 
@@ -201,16 +200,20 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_run(
     prepared, tmp_path, monkeypatch, capsys, lesson, name, place
 ):
     prepared(lesson)
-    folder, access = tmp_path / "folder", os.access
+    folder, access, mkdir = tmp_path / "folder", os.access, os.mkdir
     if place == "a file":
         folder.write_text("mine")
     elif place == "read-only":
-        folder.mkdir()  # with a mode, root could still write there
+        folder.mkdir()  # without the right to write; root has it all the same
 
-        def honest(path, mode, **options):
+        def may(path, mode, **options):
             return Path(path) != folder and access(path, mode, **options)
 
-        monkeypatch.setattr(os, "access", honest)
+        def make(path, *mode, **options):
+            return mkdir(path, *mode) if Path(path).parent != folder else fail()
+
+        monkeypatch.setattr(os, "access", may)
+        monkeypatch.setattr(os, "mkdir", make)
     move(monkeypatch, lesson, name, folder)
     assert name in line_of_the_end(lesson.module_with(name).main)
     assert capsys.readouterr().out == ""
@@ -287,7 +290,10 @@ def test_a_run_that_misses_its_aim_says_so_and_keeps_the_good_weights(tmp_path, 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "the terminal is closed"])
 @EACH
-def test_a_run_that_is_stopped_is_kept_beside_the_good_weights(tmp_path, lesson, how):
+def test_a_run_that_is_stopped_is_kept_beside_the_good_weights(
+    prepared, tmp_path, lesson, how
+):
+    prepared(lesson)
     older = put_older_weights(lesson, tmp_path)
     script = tmp_path / "signal_me.py"
     script.write_text(f"""
