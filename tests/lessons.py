@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,6 +233,15 @@ def start_copy(folder, lesson, command, cwd=None, **settings):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def wait_for(program, line):
+    """Read what a program prints until it prints this line, or for five minutes."""
+    deadline = threading.Timer(300, program.kill)
+    deadline.start()
+    came = any(printed == f"{line}\n" for printed in program.stdout)
+    deadline.cancel()
+    assert came, f"{program.args} never printed {line}"
 
 
 def end_of(program):

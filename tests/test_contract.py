@@ -25,6 +25,7 @@ from lessons import (
     end_of,
     run_copy,
     start_copy,
+    wait_for,
 )
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -309,8 +310,7 @@ lesson.main()
 """)
     settings = lesson.short | lesson.endless
     program = start_copy(tmp_path, lesson, [script], **settings)
-    while program.stdout.readline() not in ("NOW\n", ""):
-        pass
+    wait_for(program, "NOW")
     if how == "Ctrl-C":
         program.send_signal(signal.SIGINT)
         assert_one_plain_line(end_of(program))
