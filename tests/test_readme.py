@@ -84,6 +84,14 @@ def test_every_link_and_picture_leads_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
+@EACH_PAGE
+def test_no_formula_has_an_escape_that_github_would_eat(page):
+    text = re.sub(r"`[^`\n]+`", "", prose(page))  # in ```math, everything is left alone
+    assert "$$" not in text
+    inline = re.findall(r"\$([^$]+)\$", text)
+    assert not [x for x in inline if re.search(r"\\[!-/:-@\[-`{-~]", x)]
+
+
 def test_every_lesson_is_named_in_the_readme():
     names = quoted(README)
     assert not [s for x in LESSONS.values() for s in x.scripts if s not in names]
