@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.distributions import Categorical
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -33,7 +32,7 @@ def fly(actor: torch.nn.Module, seed: int, greedy: bool) -> list[Image.Image]:
     while not ended:
         frames.append(Image.fromarray(env.render()).resize(SIZE))
         logits = actor(torch.from_numpy(observation)[None])
-        action = logits.argmax(1) if greedy else Categorical(logits=logits).sample()
+        action = logits.argmax(1) if greedy else logits.softmax(1).multinomial(1)
         observation, _, terminated, truncated, _ = env.step(action.item())
         ended = terminated or truncated
     return [*frames[::FRAME_EVERY], *[frames[-1]] * HOLD]
