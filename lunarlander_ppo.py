@@ -202,9 +202,9 @@ LEARNING_RATE = 2e-3
 FINAL_RATE = 0.0
 # Discount: a reward one step later counts this much less, so the agent looks about
 # 1 / (1 - 0.995) = 200 steps ahead, which is the length of a landing. With a larger
-# value it gains little by landing soon; with a smaller one it does not see the landing
-# from far away. The score itself is not discounted, so a smaller value makes the
-# advantages less noisy but biased, just as a smaller GAE_LAMBDA does.
+# value the agent gains little by landing soon. With a smaller one it does not see the
+# landing from far away. GAMMA also trades bias for variance, as GAE_LAMBDA does: the
+# score is not discounted, so a small GAMMA makes the advantages less noisy but biased.
 GAMMA = 0.995
 # With a small value the errors of the critic mislead the actor (bias); near 1 the luck
 # of single episodes does (variance). See `gae`.
@@ -227,7 +227,8 @@ MAX_GRAD_NORM = 0.5
 # Rewards are multiplied by this, for learning only, so that returns are of size 1.
 # `ppo_loss` explains what happens otherwise.
 REWARD_SCALE = 0.01
-# Width of both hidden layers. With few units it flies crudely; many are slower.
+# Width of both hidden layers. With few units the lander flies crudely; many units make
+# everything slower.
 HIDDEN_UNITS = 64
 
 # So a batch has 16 * 256 = 4,096 rows. 4,096 / 512 = 8 minibatches times 4 epochs make
@@ -593,10 +594,10 @@ def ppo_loss(agent: ActorCritic, batch: dict[str, Tensor]) -> Tensor:
     *Why rewards are scaled.* Unscaled returns reach +-200, but a fresh critic predicts
     values of size 1. Adam moves each weight by about LEARNING_RATE a step, however
     large the error is. So the critic lags behind returns that change as the policy
-    improves: the column `explained` stays between 0.2 and 0.8, and the advantages are
-    to a large part the critic's errors. In addition its gradient becomes some hundred
-    times as long as the actor's, and gradient clipping, which is common to both,
-    shortens the actor's gradient with it. (It is the lag that does the harm: with
+    improves: the column `explained` is then mostly between 0.2 and 0.8, and a large
+    part of the advantages is the critic's error. In addition its gradient becomes some
+    hundred times as long as the actor's, and gradient clipping, which is common to
+    both, shortens the actor's gradient with it. (It is the lag that does the harm: with
     unscaled rewards and no gradient clipping the score is as bad.)
 
     In the worked example the first gradient step, with all six rows, has the loss
@@ -645,8 +646,8 @@ def learn(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: dict) -> 
 def train(agent: ActorCritic, envs: SyncVectorEnv) -> Iterator[tuple[list, dict]]:
     """The algorithm. Each turn of the loop is one update.
 
-    main() prints what it yields: (return, length) of the episodes that ended, and the
-    batch.
+    It yields the (return, length) of each episode that ended, and the batch; main()
+    prints them.
     """
     # 1. `agent` holds the two networks. One optimizer changes both of them (fused: Adam
     # in one call for all weights, where there would be one call for each).
