@@ -791,18 +791,16 @@ def check_settings() -> None:
     from_0 = {"ENTROPY_BONUS": ENTROPY_BONUS, "VALUE_WEIGHT": VALUE_WEIGHT}
     from_0 |= {"WATCH_EVERY": WATCH_EVERY, "SEED": SEED}
     paths = {"WEIGHTS_PATH": WEIGHTS_PATH, "CURVE_PATH": CURVE_PATH}
-    batch, seeds = NUM_ENVS * ROLLOUT_STEPS, (SEED + 1) * NUM_ENVS
+    rows, seeds = NUM_ENVS * ROLLOUT_STEPS, (SEED + 1) * NUM_ENVS
     rules = {f"{name} must be at least 1": x >= 1 for name, x in counts.items()}
     rules |= {f"{name} must be from 0 to 1": 0 <= x <= 1 for name, x in shares.items()}
     rules |= {f"{name} must be above 0": 0 < x < math.inf for name, x in sizes.items()}
     rules |= {f"{name} must be at least 0": x >= 0 for name, x in from_0.items()}
-    rules["TOTAL_STEPS must be at least NUM_ENVS * ROLLOUT_STEPS"] = (
-        batch <= TOTAL_STEPS
-    )
+    rules["TOTAL_STEPS must be at least NUM_ENVS * ROLLOUT_STEPS"] = rows <= TOTAL_STEPS
     rules["SEED must be below HELD_OUT_SEED / NUM_ENVS"] = seeds <= HELD_OUT_SEED
     for name, path in paths.items():
-        rule = f"{name} must be in a folder that can be written to"
-        rules[rule] = os.access(Path(path).parent, os.W_OK)
+        folder, rule = Path(path).parent, f"{name} must be in a writable folder"
+        rules[rule] = folder.is_dir() and os.access(folder, os.W_OK)
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         sys.exit(f"Settings: {'; '.join(broken)}.")
