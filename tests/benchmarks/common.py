@@ -33,6 +33,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 ASSETS = ROOT / "assets"
+DAY = re.compile(r"\d{4}-\d\d-\d\d")
 sys.path.insert(0, str(ROOT))  # where the benchmarks find the lessons
 
 # ------------------------------------------------------------------------------------
@@ -162,8 +163,7 @@ def is_due(origin: dict | None, word: str) -> bool:
     """Does this word, "stale" or a day such as 2026-11-28, ask for the part?"""
     if word == "stale":
         return is_stale(origin)
-    is_day = re.fullmatch(r"\d{4}-\d\d-\d\d", word)
-    return bool(is_day) and (origin is None or origin["date"] < word)
+    return bool(DAY.fullmatch(word)) and (origin is None or origin["date"] < word)
 
 
 def run_parts(
@@ -182,7 +182,7 @@ def run_parts(
         function = next(each for each in rows if each.__name__ == words[1])
         print("\n" + json.dumps(function(*json.loads(words[2]))))
         return
-    if unknown := [w for w in words if w not in {*parts, "stale"} and w[:2] != "20"]:
+    if unknown := [w for w in words if w not in {*parts, "stale"} and not DAY.match(w)]:
         known = ", ".join([*parts, "stale", "a day such as 2026-11-28"])
         sys.exit(f"No such part: {', '.join(unknown)}; there are {known}.")
     for part, measure in parts.items():

@@ -5,8 +5,8 @@
 
 page.md holds the words, and these marks take their figures from results/NAME.json:
 
-    {NAME PART: FIGURE}                     one entry of the part's `summary`, or such
-                                            as "median of A", over the part's `runs`
+    {NAME PART: FIGURE}                     an entry of the part's `summary`; or lowest
+                                            of A, median of A, highest of A: its `runs`
     {rows NAME PART LIST: A, B}             a table with one row for each run
     {seeds NAME PART LIST: A | B, C}        one row for each A, the seeds side by side
     {spread NAME PART LIST: A, B}           lowest, median and highest of each column
@@ -63,7 +63,7 @@ def rows(runs: list[dict], columns: list[str]) -> str:
 
 
 def seeds(runs: list[dict], columns: list[str]) -> str:
-    """One row for each value of the first column, the figures of its seeds in a cell."""
+    """One row for each value of the first column, all its seeds in one cell."""
     first, *others = columns
     lines = []
     for name in dict.fromkeys(run[first] for run in runs):
@@ -108,20 +108,14 @@ def measured(results: dict[str, dict]) -> str:
             code = f"**{STALE}**" if is_stale(origin) else "today's code"
             minutes = origin["minutes"] or "?"
             lines.append([f"`{name}.py {part}`", origin["date"], minutes, code])
-            machine = origin["machine"]
-            cores = (
-                "1 core"
-                if machine["cores used"] == 1
-                else f"{machine['cores used']} cores"
-            )
-            place = f"{cores} of {machine['processor']}, {machine['system']}: "
-            place += ", ".join(
-                f"{package} {v}" for package, v in origin["versions"].items()
-            )
-            places.setdefault(place, []).append(f"`{name}.py {part}`")
-    where = [f"* {place}. ({', '.join(names)})" for place, names in places.items()]
+            processor, cores, system = origin["machine"].values()
+            cores = "1 core" if cores == 1 else f"{cores} cores"
+            packages = ", ".join(map(" ".join, origin["versions"].items()))
+            place = f"{packages}, on {cores} of {processor} ({system})"
+            places.setdefault(place, {})[f"`{name}.py`"] = True
+    where = [f"* {', '.join(names)}: {place}." for place, names in places.items()]
     head = ["Measured", "Day", "Minutes", "The lesson's code"]
-    return table(head, lines) + "\n\nMachines and versions:\n\n" + "\n".join(where)
+    return table(head, lines) + "\n\nVersions and machines:\n\n" + "\n".join(where)
 
 
 def block(kind: str, words: str, results: dict[str, dict]) -> str:
