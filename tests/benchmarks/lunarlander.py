@@ -1,16 +1,18 @@
 """Benchmark of lesson 3: lunarlander_ppo.py with seeds 0-9, against a tuned library.
 
     pip install -r requirements.txt -r tests/benchmarks/requirements.txt
-    taskset -c 0 python tests/benchmarks/lunarlander.py
+    taskset -c 0 python tests/benchmarks/lunarlander.py     on one core, 50 minutes
 
-Each run calls the lesson's own main(). Words after the command run only these parts,
-in this order, and leave the results of the others as they were:
+Each run calls the lesson's own main(). Prints a line for each run and writes
+results/lunarlander.json beside this file, and the learning curves with the frontier to
+assets/lunarlander_learning_curves.png. common.py lists the words that may follow the
+command. The parts:
 
-    seeds     Seeds 0-9; numbers after the word: only these. Score, and what part of the
-              time the environments take, measured in two ways: inside the run, around
-              each call of their step; and before and after it, by stepping as many of
-              them with random actions and nothing else (such flights crash soon; the
-              simulation of a lander on the ground takes longer).
+    seeds     Seeds 0-9: the score, and what part of the time the environments take,
+              measured in two ways: inside the run, around each call of their step; and
+              before and after it, by stepping as many of them with random actions and
+              nothing else (such flights crash soon; the simulation of a lander on the
+              ground takes longer).
     own       stable-baselines3's PPO with the lesson's own settings, read from its
               constants: this compares the two implementations.
     zoo       stable-baselines3's PPO with RL Zoo's settings for this environment, and
@@ -19,22 +21,12 @@ in this order, and leave the results of the others as they were:
     frontier  Today's settings with fewer steps, the learning rate falling to 0 within
               them as always, or never falling: mean and worst of ten seeds. (Today's
               number of steps is the part "seeds".)
-
-Prints a table and writes results/lunarlander.json beside this file, and the learning
-curves with the frontier to assets/lunarlander_learning_curves.png.
 """
 
-import contextlib
 import copy
 import hashlib
-import io
 import itertools
-import json
-import os
-import platform
-import re
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -43,16 +35,13 @@ import gymnasium
 import numpy as np
 import stable_baselines3
 import torch
+from common import ASSETS, read_results, run_main, run_parts
 from matplotlib.figure import Figure
 from stable_baselines3.common.env_util import make_vec_env
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+import lunarlander_ppo as lesson
 
-import lunarlander_ppo as lesson  # noqa: E402  (the line above finds it)
-
-PARTS = ("seeds", "own", "zoo", "frontier")
 SEEDS = range(10)
 STEPPING_STEPS = 100_000  # random steps before and as many after each run
 SNAPSHOT_EVERY = 4  # updates between two looks at how good the agent was by then
@@ -61,25 +50,8 @@ LIBRARY_SEED = 0
 ZOO_STEPS = 1_000_000
 FRONTIER = (200_000, 300_000, 400_000)  # steps, below those of the settings
 FRONTIER_RATES = (0.0, 1.0)  # FINAL_RATE: the learning rate falls to 0, or never
-RESULTS = Path(__file__).parent / "results" / "lunarlander.json"
-CURVES = ROOT / "assets" / "lunarlander_learning_curves.png"
-
-
-def machine() -> dict:
-    """What ran it: processor, cores this process may use, Python and packages."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()).group(1)
-    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-    return {"processor": model, "cores used": len(cores), "system": platform.system()}
-
-
-def versions() -> dict:
-    """Python and the packages that matter."""
-    packages = [torch, gymnasium, np, stable_baselines3]
-    names = {package.__name__: package.__version__ for package in packages}
-    return {"python": platform.python_version(), **names}
+SCRIPTS = ["lunarlander_ppo.py"]
+PACKAGES = ["torch", "gymnasium", "numpy", "stable-baselines3"]
 
 
 def stepping_seconds(steps: int, seed: int) -> float:
@@ -101,8 +73,8 @@ class Recorder:
     """Watches a run of the lesson's main() from outside, and times its parts."""
 
     def __init__(self) -> None:
-        self.in_step, self.history, self.updates = 0.0, [], 0
-        self.snapshots, self.scores, self.seconds = [], None, None
+        self.in_step, self.updates, self.snapshots = 0.0, 0, []
+        self.start, self.seconds, self.scores = time.perf_counter(), None, None
 
     def make_envs(self, copies: int):
         """The lesson's environments, with the time that is spent in step added up."""
@@ -118,13 +90,13 @@ class Recorder:
         envs.step = timed_step
         return envs
 
-    def collect(self, envs, actor, observations):
+    def collect(self, envs, actor, *others):
         """Keep a copy of the actor, and when it was, every so many updates."""
         if self.updates % SNAPSHOT_EVERY == 0:
             seconds = time.perf_counter() - self.start
             self.snapshots.append((seconds, copy.deepcopy(actor)))
         self.updates += 1
-        return originals["collect"](envs, actor, observations)
+        return originals["collect"](envs, actor, *others)
 
     def evaluate(self, policy, episodes, first_seed, greedy):
         """The training is over when the lesson evaluates."""
@@ -132,41 +104,34 @@ class Recorder:
         self.scores = originals["evaluate"](policy, episodes, first_seed, greedy)
         return self.scores
 
-    def draw_learning_curve(self, history, path):
-        self.history = history
-
 
 originals = {
-    name: getattr(lesson, name)
-    for name in ("make_envs", "collect", "evaluate", "draw_learning_curve")
+    name: getattr(lesson, name) for name in ("make_envs", "collect", "evaluate")
 }
 
 
-def train(seed: int, **changes) -> tuple[dict, Recorder]:
+def train(seed: int, **changes) -> tuple[dict, Recorder, list, list]:
     """One run of the lesson's main(), with `changes` of the lesson's names.
 
-    Gives the figures for the table, and the recorder. The fingerprint is that of the
-    weights: whoever trains the same seed on the same machine gets the same one.
+    Gives the figures for the table, the recorder, the history of the episodes and what
+    was printed. The fingerprint is that of the weights: whoever trains the same seed on
+    the same machine gets the same one.
     """
+    torch.set_num_threads(1)
     recorder = Recorder()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
-        changes = {
-            "SEED": seed,
-            "WEIGHTS_PATH": Path(folder) / "w.pt",
-            "CURVE_PATH": Path(folder) / "c.png",
-            **{name: getattr(recorder, name) for name in originals},
-            **changes,
+    watched = {name: getattr(recorder, name) for name in originals}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {
+            "WEIGHTS_PATH": Path(folder, "w.pt"),
+            "CURVE_PATH": Path(folder, "c.png"),
         }
-        for name, value in changes.items():
-            undo.callback(setattr, lesson, name, getattr(lesson, name))
-            setattr(lesson, name, value)
-        recorder.start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-            lesson.main()
+        history, _, printed = run_main(
+            lesson, SEED=seed, **{**files, **watched, **changes}
+        )
         weights = torch.load(next(Path(folder).glob("w*.pt")), weights_only=True)
-        agent = lesson.ActorCritic(weights["hidden_units"])
-        agent.load_state_dict(weights["weights"])
-        sampled, _ = originals["evaluate"](agent.actor, *held_out(), greedy=False)
+    agent = changes.get("ActorCritic", lesson.ActorCritic)(weights["hidden_units"])
+    agent.load_state_dict(weights["weights"])
+    sampled, _ = lesson.evaluate(agent.actor, *held_out(), greedy=False)
     scores, crashed = recorder.scores
     figures = {
         "seed": seed,
@@ -178,7 +143,7 @@ def train(seed: int, **changes) -> tuple[dict, Recorder]:
         "sampled mean": round(float(sampled.mean()), 2),
         "fingerprint": fingerprint(weights["weights"]),
     }
-    return figures, recorder
+    return figures, recorder, history, printed
 
 
 def held_out() -> tuple[int, int]:
@@ -291,147 +256,88 @@ def curve(history: list) -> str:
     return " ".join(f"{part.mean():.0f}" if len(part) else "nan" for part in last_100)
 
 
-def draw(report: dict) -> None:
+def draw() -> None:
     """Write a picture of all learning curves, and of the frontier."""
+    results = read_results("lunarlander")
+    runs = results.get("seeds", {}).get("runs", [])
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for run in report.get("runs", []):
-        returns = [float(number) for number in run.get("curve", "").split()]
+    for run in runs:
+        returns = [float(number) for number in run["curve"].split()]
         steps = CURVE_EVERY * np.arange(1, len(returns) + 1)
         axes.plot(steps, returns, color="C0", alpha=0.5)
+    points = results.get("frontier", {}).get("points", [])
     for color, rate in zip(("C1", "C3"), FRONTIER_RATES, strict=True):
-        frontier = [p for p in frontier_of(report) if p["FINAL_RATE"] == rate]
         for kind, marker in [("mean", "o"), ("worst", "v")]:
-            points = [(p["steps"], p[kind]) for p in frontier]
+            marks = [(p["steps"], p[kind]) for p in points if p["FINAL_RATE"] == rate]
             label = f"trained for so many steps, FINAL_RATE = {rate:g}: {kind}"
-            if points:
-                axes.plot(*zip(*points, strict=True), marker, color=color, label=label)
+            if marks:
+                axes.plot(*zip(*marks, strict=True), marker, color=color, label=label)
     axes.axhline(
         lesson.SOLVED_SCORE, color="green", linestyle="--", label="solved: 200"
     )
     axes.set(
-        title=f"PPO on {lesson.ENV_ID}, seeds 0-{len(SEEDS) - 1}",
+        title=f"PPO on {lesson.ENV_ID}, seeds 0-{len(runs) - 1}",
         xlabel="steps",
         ylabel="return, mean of 100 episodes",
     )
     axes.legend(loc="lower right")
-    CURVES.parent.mkdir(exist_ok=True)
-    figure.savefig(CURVES, dpi=120)
-
-
-def frontier_of(report: dict) -> list[dict]:
-    """The points of the frontier, and today's settings as the last one."""
-    points, runs = report.get("frontier", []), report.get("runs")
-    if points and runs:
-        scores = [run["greedy mean"] for run in runs]
-        mean = round(statistics.mean(scores), 1)
-        last = {"FINAL_RATE": lesson.FINAL_RATE, "steps": runs[0]["steps"]}
-        last |= {"mean": mean, "worst": min(scores), "scores": scores}
-        points = [*points, last]
-    return points
-
-
-def ratios(name: str, runs: list[dict], part: str) -> dict:
-    """Median and worst of how many times as long the runs took as this part."""
-    times = [run["seconds"] / run[part] for run in runs]
-    return {
-        f"{name}, median": round(statistics.median(times), 2),
-        f"{name}, worst": round(max(times), 2),
-    }
-
-
-def summarise(report: dict) -> dict:
-    """The figures that the README quotes, of the parts that have been run."""
-    summary = {}
-    if runs := report.get("runs"):
-        means = [run["greedy mean"] for run in runs]
-        episodes = len(runs) * lesson.HELD_OUT_EPISODES
-        solved = sum(run["greedy episodes >= 200"] for run in runs)
-        summary |= {
-            "mean of the seeds": round(statistics.mean(means), 1),
-            "worst seed": min(means),
-            "share of all episodes >= 200": round(solved / episodes, 4),
-            "steps": runs[0]["steps"],
-            "median seconds": statistics.median(run["seconds"] for run in runs),
-            "slowest seconds": max(run["seconds"] for run in runs),
-            **ratios("times random stepping", runs, "seconds of stepping alone"),
-            **ratios("times its own stepping", runs, "seconds inside env.step"),
-        }
-    if own := report.get("own"):
-        summary |= {
-            "same settings: lesson's score": own["lesson"]["greedy mean"],
-            "same settings: lesson's seconds": own["lesson"]["seconds"],
-            "same settings: stable-baselines3's score": own["library"]["greedy mean"],
-            "same settings: stable-baselines3's seconds": own["library"]["seconds"],
-            "same settings: times as fast": own["times as fast"],
-        }
-    if zoo := report.get("zoo"):
-        summary |= {
-            "RL Zoo's settings: stable-baselines3's score": zoo["library"][
-                "greedy mean"
-            ],
-            "RL Zoo's settings: stable-baselines3's seconds": zoo["library"]["seconds"],
-            "lesson's seconds to that score": zoo["lesson's seconds to that score"],
-            "times as fast to that score": zoo["times as fast"],
-        }
-    for point in frontier_of(report):
-        for kind in ("mean", "worst"):
-            name = f"{kind} of {len(point['scores'])} seeds, {point['steps']:,} steps"
-            if point["FINAL_RATE"] != lesson.FINAL_RATE:
-                name += f", FINAL_RATE = {point['FINAL_RATE']:g}"
-            summary[name] = point[kind]
-    return {name: value for name, value in summary.items() if value is not None}
+    figure.savefig(ASSETS / "lunarlander_learning_curves.png", dpi=120)
 
 
 def measure_seed(seed: int) -> dict:
     """One run, between two looks at stepping alone."""
     alone = stepping_seconds(STEPPING_STEPS, seed)
-    figures, recorder = train(seed)
+    figures, _, history, printed = train(seed)
     alone += stepping_seconds(STEPPING_STEPS, seed)
     alone *= figures["steps"] / (2 * STEPPING_STEPS)
-    figures["seconds of stepping alone"] = round(alone, 2)
-    figures["curve"] = curve(recorder.history)
-    print(
-        f"{seed:4}{figures['greedy mean']:13.1f} +-{figures['greedy std']:5.1f}"
-        f"{figures['greedy minimum']:9.1f}{figures['greedy episodes >= 200']:7}"
-        f"{figures['sampled mean']:9.1f}{figures['seconds']:9.1f}"
-        f"{figures['seconds'] / alone:18.2f}"
-        f"{figures['seconds'] / figures['seconds inside env.step']:13.2f}",
-        flush=True,
-    )
-    return figures
+    figures |= {
+        "seconds of stepping alone": round(alone, 2),
+        "times stepping alone": round(figures["seconds"] / alone, 2),
+        "times its own stepping": round(
+            figures["seconds"] / figures["seconds inside env.step"], 2
+        ),
+    }
+    print(figures, flush=True)
+    return figures | {"curve": curve(history), "printed": printed}
 
 
-def seeds(runs: list[dict], only: list[int]) -> list[dict]:
-    """Train these seeds, or all; give the old runs with the new in their places."""
-    print(
-        "seed  greedy mean +-  std  minimum  >=200  sampled  seconds  / random stepping"
-        "  / its own"
-    )
-    new = {seed: measure_seed(seed) for seed in only or SEEDS}
-    merged = {run["seed"]: run for run in runs if only} | new
-    return [merged[seed] for seed in sorted(merged)]
+def seeds() -> dict:
+    """Every seed with today's settings."""
+    runs = [measure_seed(seed) for seed in SEEDS]
+    solved = sum(run["greedy episodes >= 200"] for run in runs)
+    summary = {
+        "seeds": len(runs),
+        "mean of the seeds": round(statistics.mean(r["greedy mean"] for r in runs), 1),
+        "share of all episodes >= 200": solved / len(runs) / lesson.HELD_OUT_EPISODES,
+    }
+    printed = [run.pop("printed") for run in runs]
+    return {"summary": summary, "runs": runs, "printed by seed 0": printed[0]}
 
 
 def own() -> dict:
     """The library and the lesson with the same settings, one after the other."""
-    library, (figures, _) = library_with_the_lessons_settings(), train(LIBRARY_SEED)
-    times = round(library["seconds"] / figures["seconds"], 2)
-    return {"library": library, "lesson": figures, "times as fast": times}
+    library, (figures, *_) = library_with_the_lessons_settings(), train(LIBRARY_SEED)
+    summary = {"times as fast": round(library["seconds"] / figures["seconds"], 2)}
+    runs = {"stable-baselines3": library, "this repository": figures}
+    return {
+        "summary": summary,
+        "runs": [{"trainer": name} | run for name, run in runs.items()],
+    }
 
 
 def zoo() -> dict:
     """The library with RL Zoo's settings; when was the lesson as good?"""
-    library, (_, recorder) = library_with_rl_zoos_settings(), train(LIBRARY_SEED)
+    library, (_, recorder, *_) = library_with_rl_zoos_settings(), train(LIBRARY_SEED)
     seconds = first_time_at(recorder, library["greedy mean"])
-    return {
-        "library": library,
+    summary = {
         "lesson's seconds to that score": seconds,
         "times as fast": seconds and round(library["seconds"] / seconds, 2),
     }
+    return {"summary": summary, "runs": [{"trainer": "stable-baselines3"} | library]}
 
 
-def frontier() -> list[dict]:
+def frontier() -> dict:
     """Today's settings with each number of steps, and with each end of the rate."""
     points = []
     for rate, steps in itertools.product(FRONTIER_RATES, FRONTIER):
@@ -445,39 +351,15 @@ def frontier() -> list[dict]:
             "mean": round(statistics.mean(scores), 1),
             "worst": min(scores),
             "share of episodes >= 200": solved / len(runs) / lesson.HELD_OUT_EPISODES,
+            "scores": scores,
+            "seconds": [run["seconds"] for run in runs],
         }
         print(point, flush=True)
-        times = [run["seconds"] for run in runs]
-        points.append({**point, "scores": scores, "seconds": times})
-    return points
-
-
-def main() -> None:
-    """Run the parts named after the command, or all; write JSON and picture."""
-    torch.set_num_threads(1)
-    only = [int(word) for word in sys.argv[1:] if word.isdigit()]
-    parts = [word for word in sys.argv[1:] if not word.isdigit()]
-    parts = parts or (["seeds"] if only else PARTS)
-    if unknown := set(parts) - set(PARTS):
-        sys.exit(f"No such part: {', '.join(unknown)}; there are {', '.join(PARTS)}.")
-    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    report["command"] = "taskset -c 0 python tests/benchmarks/lunarlander.py"
-    for part in [part for part in PARTS if part in parts]:
-        if part == "seeds":
-            report["runs"] = seeds(report.get("runs", []), only)
-        elif part == "own":
-            report["own"] = own()
-        elif part == "zoo":
-            report["zoo"] = zoo()
-        else:
-            report["frontier"] = frontier()
-        report |= {"machine": machine(), "versions": versions()}
-        report["summary"] = summarise(report)
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-        draw(report)
-    for name, value in report["summary"].items():
-        print(f"{name:50}{value:g}")
+        points.append(point)
+    return {"points": points}
 
 
 if __name__ == "__main__":
-    main()
+    parts = {"seeds": seeds, "own": own, "zoo": zoo, "frontier": frontier}
+    run_parts(SCRIPTS, PACKAGES, parts)
+    draw()

@@ -3,24 +3,19 @@
     taskset -c 0 python tests/benchmarks/lunarlander_ablations.py
 
 The runs are shortened to 400,000 steps (one to 160,000), learning rate and all, and so
-is the run that they are compared with. Prints a line for each run and writes, after
-each variation, results/lunarlander_ablations.json beside this file. Name some
-variations to repeat only those. Needs tests/benchmarks/requirements.txt, as
-lunarlander.py does.
+is the run that they are compared with. Prints a line for each run and writes
+results/lunarlander_ablations.json beside this file, after 27 minutes on one core. Needs
+tests/benchmarks/requirements.txt, as lunarlander.py does.
 """
 
-import json
 import statistics
-import sys
-from pathlib import Path
 
-import torch
-from lunarlander import lesson, machine, train, versions
+from common import run_parts
+from lunarlander import PACKAGES, SCRIPTS, lesson, train
 from torch import nn
 
 SEEDS = range(3)
 STEPS = 400_000
-RESULTS = Path(__file__).parent / "results" / "lunarlander_ablations.json"
 
 whole_gae = lesson.gae
 
@@ -78,37 +73,18 @@ VARIATIONS = {
 }
 
 
-def main() -> None:
-    """Train every variation with every seed."""
-    torch.set_num_threads(1)
-    runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
-    for name in sys.argv[1:] or VARIATIONS:
-        runs = [run for run in runs if run["variation"] != name]
+def ablations() -> dict:
+    """Every variation with every seed."""
+    runs, summary = [], {}
+    for name, changes in VARIATIONS.items():
         for seed in SEEDS:
-            figures, _ = train(seed, **{"TOTAL_STEPS": STEPS, **VARIATIONS[name]})
+            figures, *_ = train(seed, **{"TOTAL_STEPS": STEPS, **changes})
             runs.append({"variation": name, **figures})
             print(f"{name:34}{seed:4}{figures['greedy mean']:9.1f}", flush=True)
-        done = [variation for variation in VARIATIONS if variation in names(runs)]
-        report = {
-            "machine": machine(),
-            "versions": versions(),
-            "command": "taskset -c 0 python tests/benchmarks/lunarlander_ablations.py",
-            "runs": runs,
-            "summary": {each: mean_score(runs, each) for each in done},
-        }
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def names(runs: list[dict]) -> set[str]:
-    """The variations that have been run."""
-    return {run["variation"] for run in runs}
-
-
-def mean_score(runs: list[dict], name: str) -> float:
-    """Mean over the seeds of a variation's greedy mean."""
-    scores = [run["greedy mean"] for run in runs if run["variation"] == name]
-    return round(statistics.mean(scores), 1)
+        scores = [run["greedy mean"] for run in runs if run["variation"] == name]
+        summary[name] = round(statistics.mean(scores), 1)
+    return {"summary": summary, "runs": runs}
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(SCRIPTS, PACKAGES, {"ablations": ablations})

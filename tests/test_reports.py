@@ -1,0 +1,148 @@
+"""Results know the code that they were measured with; all of them can be renewed."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "tests" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import common  # noqa: E402  (the line above finds it)
+import report  # noqa: E402
+
+LESSON = '''"""What it teaches."""
+RATE = 0.5  # a step
+def gradient(x):
+    """2 x"""
+    slope = 2 * x  # by hand
+    return RATE * slope
+'''
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """The benchmarks' folder with one lesson, one result and a short page."""
+    folder = tmp_path / "tests" / "benchmarks"
+    folder.mkdir(parents=True)
+    for name in ("common.py", "report.py", "run_all.py"):
+        shutil.copy(BENCHMARKS / name, folder)
+    (tmp_path / "lesson.py").write_text(LESSON)
+    for module in (common, report):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "RESULTS", folder / "results")
+    monkeypatch.setattr(report, "FOLDER", folder)
+    origin = {"date": "2026-01-31", "minutes": 1.5, "versions": {"python": "3.11"}}
+    origin["machine"] = {"processor": "P", "cores used": 1, "system": "S"}
+    origin["code"] = common.code_of(["lesson.py"])
+    data = {"summary": {"score": 12.5}, "runs": [{"seed": 0, "steps": 37}]}
+    common.write_results("a", "seeds", data, origin)
+    common.write_results("a", "edits", {"summary": {"score": 99.5}}, origin)
+    (folder / "page.md").write_text("{measured}\n\n* It is {a seeds: score}.\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changes"),
+    [
+        ("  # a step", "  # a smaller step, in one way", False),
+        ("    slope", "    # The derivative.\n\n    slope", False),
+        ("2 x", "The slope of the square.", False),
+        ("What it teaches.", "Something else.", False),
+        ("0.5", "0.25", True),
+        ("2 * x", "3 * x", True),
+        ("slope", "derivative", True),
+        ("    return", "    assert x\n    return", True),
+    ],
+)
+def test_the_hash_sees_the_code_and_not_comments_and_docstrings(old, new, changes):
+    edited = LESSON.replace(old, new)
+    assert edited != LESSON
+    assert (common.code_hash(edited) != common.code_hash(LESSON)) == changes
+
+
+def test_a_result_of_other_code_is_marked_on_the_page_and_fails_nothing(house):
+    assert report.STALE not in report.page()
+    (common.ROOT / "lesson.py").write_text(LESSON.replace("0.5", "0.25"))
+    lines = [line for line in report.page().splitlines() if report.STALE in line]
+    assert len(lines) == 3 and "12.5" in lines[2]  # a row for each part, and the figure
+    (common.ROOT / "lesson.py").write_text(LESSON.replace("# by hand", "# by heart"))
+    assert report.STALE not in report.page()
+
+
+def test_a_figure_that_no_result_has_is_missing_on_the_page_and_fails_nothing(house):
+    (house / "page.md").write_text("* {a seeds: speed}\n\n{rows b seeds runs: seed}\n")
+    assert report.page().count(report.MISSING) == 2
+
+
+def test_check_lists_the_figures_of_the_readme_that_no_result_has(house, capsys):
+    (common.ROOT / "README.md").write_text("It has 12.5 or 37.\n\n99.5, 99.4, 0.5.\n")
+    assert report.check() == 1
+    assert "README.md:3" in capsys.readouterr().out
+
+
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_every_result_has_a_day_versions_and_the_hash_of_a_script(path):
+    assert (BENCHMARKS / f"{path.stem}.py").is_file()
+    for data in json.loads(path.read_text()).values():
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", data["origin"]["date"])
+        assert data["origin"]["versions"]["torch"] and data["origin"]["machine"]
+        for script, code in data["origin"]["code"].items():
+            assert (ROOT / script).is_file() and re.fullmatch("[0-9a-f]{12}", code)
+
+
+def test_patched_puts_everything_back_and_refuses_what_is_not_there():
+    lesson = types.SimpleNamespace(RATE=0.5, SEED=0)
+    with pytest.raises(KeyError), common.patched(lesson, RATE=0.25, SEED=1):
+        assert (lesson.RATE, lesson.SEED) == (0.25, 1)
+        raise KeyError
+    assert (lesson.RATE, lesson.SEED) == (0.5, 0)
+    with pytest.raises(AttributeError), common.patched(lesson, RATES=1):
+        pass
+
+
+def test_run_all_goes_on_where_it_stopped(house):
+    def run_all(*words):
+        (common.ROOT / "log.txt").write_text("")
+        command = [sys.executable, house / "run_all.py", *words]
+        status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+        return (common.ROOT / "log.txt").read_text(), status
+
+    def write(name, *, works):
+        code = "from common import run_parts\n"
+        for part in "xy":
+            code += f"def {part}():\n    open('log.txt', 'a').write('{name}{part} ')\n"
+            code += f"    return {{}} if {works or part == 'x'} else 1 / 0\n"
+        code += "if __name__ == '__main__':\n    run_parts(['lesson.py'], [], "
+        (house / f"{name}.py").write_text(code + "{'x': x, 'y': y})\n")
+
+    write("b", works=False)
+    write("c", works=True)
+    assert run_all() == ("bx by cx cy ", 1)
+    write("b", works=True)
+    assert run_all() == ("by ", 0)
+    assert run_all() == run_all("2000-01-01") == ("", 0)
+    assert run_all("2999-01-01") == ("bx by cx cy ", 0)
+    (common.ROOT / "lesson.py").write_text(LESSON.replace("0.5", "0.25"))
+    assert run_all() == ("bx by cx cy ", 0)
+
+
+def test_links_files_and_parts_that_the_page_names_exist():
+    page = (BENCHMARKS / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page) if ":" not in link]
+    assert len(links) >= 4 and "{" not in page  # no mark is left over
+    for link in links:
+        assert (BENCHMARKS / link).exists(), link
+    for script, part in re.findall(r"([a-z_/]+\.py)(?: ([a-z_]+))?`", page):
+        folders = ROOT, BENCHMARKS, ROOT / "grpo_tiny"
+        found = [path / script for path in folders if (path / script).is_file()]
+        assert found and (not part or f'"{part}": ' in found[0].read_text()), script
