@@ -71,8 +71,10 @@ def find(word: str) -> Bug:
     found = exact or [bug for bug in BUGS if word == bug.name.split("-", 1)[1]]
     if len(found) == 1:
         return found[0]
-    near = [bug.name for bug in found or BUGS if found or word in bug.name]
-    near = near or difflib.get_close_matches(word, [bug.name for bug in BUGS], 3, 0.4)
+    parts = {part for bug in BUGS for part in (bug.name, *bug.name.split("-"))}
+    alike = difflib.get_close_matches(word, parts, 2)
+    alike = [part for part in alike if "-" in part] or alike
+    near = [b.name for b in found or BUGS if found or any(x in b.name for x in alike)]
     maybe = f"Do you mean {' or '.join(near[:4])}?" if near else f"All are in: {ME}"
     sys.exit(f"No bug is called {word}. {maybe}")
 
@@ -251,13 +253,6 @@ COLUMNS = {
 }
 
 
-def cell(row: dict | None, name: str) -> str:
-    """A figure of a row in 7 characters."""
-    if row is None or name not in row:
-        return f"{'-':>7}"
-    return f"{row[name]:7.4f}" if abs(row[name]) < 0.1 else f"{row[name]:7.4g}"
-
-
 def side_by_side(columns: list[str], processes: list) -> list[str]:
     """Print the rows of both runs in one table as they come; gives their last words."""
     first, *others = columns
@@ -282,9 +277,9 @@ def side_by_side(columns: list[str], processes: list) -> list[str]:
         lengths = [len(rows[n]) for n in (0, 1)]
         while shown < max(lengths) and all(lengths[n] > shown for n in open_):
             pair = [part[shown] if len(part) > shown else None for part in rows]
-            place = next(row for row in pair if row).get(first, shown)
-            cells = (" " + cell(row, name) for name in others for row in pair)
-            print(f"{place:9,.0f}" + "".join(cells), flush=True)
+            place = next(row for row in pair if row).get(first, "")
+            cells = ((row or {}).get(name, "-") for name in others for row in pair)
+            print(f"{place:>9}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
             shown += 1
     return words
 

@@ -66,25 +66,32 @@ class Table:
     def __init__(self) -> None:
         self.columns, self.said = [], []
 
-    def row(self, line: str) -> dict[str, float] | None:
-        """The figures of a line by the names of their columns, if it is a row."""
+    def row(self, line: str) -> dict[str, str] | None:
+        """The words of a line by the names of their columns, if it is a row."""
+        words = line.split()
         try:
-            numbers = [float(word.strip("%")) for word in line.replace(",", "").split()]
+            [number(word) for word in words]
         except ValueError:
             names = re.split(r" {2,}", re.sub(r" *\([^)]*\)", "", line).strip())
             self.said = [name.strip() for name in names]
             return None
-        if len(self.said) == len(numbers):
+        if len(self.said) == len(words):
             self.columns = self.said  # the line above was the head of the table
-        if len(numbers) < 2 or len(numbers) != len(self.columns):
+        if len(words) < 2 or len(words) != len(self.columns):
             return None
-        return dict(zip(self.columns, numbers, strict=True))
+        return dict(zip(self.columns, words, strict=True))
+
+
+def number(word: str) -> float:
+    """A number as the tables have it: 1,600 or 12% or 0.5."""
+    return float(word.replace(",", "").removesuffix("%"))
 
 
 def rows_of(text: str) -> list[dict[str, float]]:
     """All rows of the printed table."""
     table = Table()
-    return [row for line in text.splitlines() if (row := table.row(line))]
+    rows = [row for line in text.splitlines() if (row := table.row(line))]
+    return [{name: number(word) for name, word in row.items()} for row in rows]
 
 
 def curve(xs: list, ys: list, points: int = 40) -> dict:
