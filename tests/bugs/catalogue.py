@@ -28,7 +28,7 @@ CHECKS = ["data", "entropy", "ratio", "gradients", "sign", "padding", "by hand"]
 CHECKS += ["one batch", "easy task", "evaluate twice"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bug:
     """One bug; what is not said here is explained above."""
 
@@ -176,7 +176,7 @@ lines(
 )
 
 
-@function(TICTACTOE, "mask_illegal", "data", "stable-baselines PR 505", "illegal")
+@function(TICTACTOE, "mask_illegal", "data", "stable-baselines PR 505", "illegal moves")
 def tictactoe_illegal_logits_0(logits, action_mask):
     """'Masked' is taken for 'multiplied by the mask'; but exp(0) = 1."""
     return logits.masked_fill(action_mask == 0, 0.0)  # WRONG
@@ -423,7 +423,9 @@ lines(GRPO, "grpo-reference-is-the-policy", "gradients", "common", "KL 0", KL_CO
     "An assignment copies nothing in Python.",
     ("copy.deepcopy(writer) if", "writer if"),
 )
-lines(GRPO, "grpo-bfloat16-weights", "gradients", "ml-by-hand PR 85", "nothing moves")(
+lines(
+    GRPO, "grpo-bfloat16-weights", "gradients", "ml-by-hand PR 85", "no weight moves"
+)(
     "It halves the memory; but a step of LR is below the weights' resolution.",
     ('"dtype": torch.float32', '"dtype": torch.bfloat16'),
 )

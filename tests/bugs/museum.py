@@ -17,51 +17,31 @@ For those who change a lesson (NAMES: of bugs, or 1 to 4 for all of a lesson):
 
 import base64
 import difflib
+import functools
 import json
 import os
 import platform
 import queue
 import random
+import re
 import shutil
 import sys
 import tempfile
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import plant
 import runs
 import symptoms
 import trial
-from catalogue import BUGS, CARTPOLE, CHECKS, GRPO, LANDER, TICTACTOE, Bug
-from plant import (
-    HERE,
-    LESSONS,
-    ROOT,
-    Gone,
-    bugs_of,
-    code_hash,
-    diff,
-    files_of,
-    lesson_of,
-    named,
-    only_code,
-    plantable,
-    planted,
-    same_code,
-    settings_in,
-    with_settings,
-)
+from catalogue import BUGS, CHECKS, TICTACTOE, Bug
+from plant import FACTS, HERE, LESSONS, ROOT, bugs_of, files_of, lesson_of, planted
 
 EXERCISE = HERE / "exercise"
 SEEDS = (0, 1, 2)
-PAGES = {
-    CARTPOLE: "lesson-1-reinforce.md",
-    TICTACTOE: "lesson-2-self-play.md",
-    LANDER: "lesson-3-ppo.md",
-    GRPO: "lesson-4-grpo.md",
-}
 ME = "python tests/bugs/museum.py"
 
 
@@ -92,7 +72,7 @@ def list_bugs() -> None:
     print(__doc__)
     for number, lesson in enumerate(LESSONS, 1):
         names = [bug.name for bug in bugs_of(lesson)]
-        print(f"Lesson {number}, {lesson}, tests/bugs/{PAGES[lesson]}")
+        print(f"Lesson {number}, {lesson}, tests/bugs/{FACTS[lesson]['page']}")
         print("\n".join(f"    {name}" for name in names))
 
 
@@ -108,32 +88,17 @@ def path_of(lesson: str) -> Path:
 
 def results_of(lesson: str) -> dict:
     """What was measured: runs of the healthy lesson, runs of each bug, its tests."""
-    empty = {"machine": {}, "caught": {}, "healthy": {}, "bugs": {}}
-    path = path_of(lesson)
-    return json.loads(path.read_text()) if path.exists() else empty
+    if path_of(lesson).exists():
+        return json.loads(path_of(lesson).read_text())
+    return {"machine": {}, "caught": {}, "healthy": {}, "bugs": {}}
 
 
 def keep(lesson: str, results: dict) -> None:
-    """Write the file of a lesson, a line for each run."""
-    parts = [f'"machine": {json.dumps(results["machine"])}']
-    parts += [f'"caught": {json.dumps(results["caught"], indent=1)}']
-    for kind in ("healthy", "bugs"):
-        groups = []
-        for name, found in results[kind].items():
-            each = ",\n".join(json.dumps(rounded(run)) for run in found)
-            groups.append(f"{json.dumps(name)}: [\n{each}]")
-        parts.append(f'"{kind}": {{\n' + ",\n".join(groups) + "}")
-    path_of(lesson).parent.mkdir(exist_ok=True)
-    path_of(lesson).write_text("{" + ",\n".join(parts) + "}\n")
-
-
-def rounded(value):
-    """The same with floats of four digits, which is what the seeds are good for."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [rounded(each) for each in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    """Write the file of a lesson, a line for each run, floats with four digits."""
+    text = json.dumps(results)
+    results = json.loads(text, parse_float=lambda word: float(f"{float(word):.4g}"))
+    text = json.dumps(results).replace("[{", "[\n{").replace("}, {", "},\n{")
+    path_of(lesson).write_text(text + "\n")
 
 
 def group_of(bug: Bug) -> str:
@@ -146,6 +111,7 @@ def healthy_of(bug: Bug) -> list[dict]:
     return results_of(lesson_of(bug))["healthy"].get(group_of(bug), [])
 
 
+@functools.cache
 def seen(bug: Bug) -> list[str]:
     """The symptoms of a bug in what was measured."""
     found, healthy = results_of(lesson_of(bug))["bugs"].get(bug.name), healthy_of(bug)
@@ -154,81 +120,49 @@ def seen(bug: Bug) -> list[str]:
 
 def measure(words: list[str]) -> None:
     """Train bugs and healthy lessons, unless it was done with the code of today."""
+    packages = "torch", "gymnasium", "transformers"
+    machine = {"python": platform.python_version()} | {p: version(p) for p in packages}
     jobs = {}
     for bug in chosen(words):
-        kinds = ("bugs", bug.name, True), ("healthy", group_of(bug), False)
-        for kind, name, plant_it in kinds:
-            for seed in SEEDS:
-                jobs.setdefault((lesson_of(bug), kind, name, seed), (bug, plant_it))
-    every = {lesson: results_of(lesson) for lesson in LESSONS}
-    codes = {lesson: code_hash(lesson) for lesson in LESSONS}
-
-    def is_done(job: tuple) -> bool:
-        lesson, kind, name, seed = job
-        runs_then = every[lesson][kind].get(name, [])
-        return any((r["seed"], r["code"]) == (seed, codes[lesson]) for r in runs_then)
-
-    todo = {job: what for job, what in jobs.items() if not is_done(job)}
-    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs were done with this code.")
-
-    def train(job: tuple) -> dict:
-        (bug, plant_it), seed = todo[job], job[-1]
+        for seed in SEEDS:
+            jobs[lesson_of(bug), "healthy", group_of(bug), seed] = bug
+            jobs[lesson_of(bug), "bugs", bug.name, seed] = bug
+    for (lesson, kind, name, seed), bug in jobs.items():
+        results, code = results_of(lesson), plant.code_hash(lesson)
+        kept = results[kind].setdefault(name, [])
+        if any(run["seed"] == seed and run["code"] == code for run in kept):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "figures.json")
-            said = runs.start(bug, plant_it, seed, path).communicate()[0]
+            said = runs.start(bug, kind == "bugs", seed, path).communicate()[0]
             if not path.exists():
-                raise RuntimeError(f"{job}: {said[-3000:]}")
-            return json.loads(path.read_text())
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    with ThreadPoolExecutor(cores) as pool:
-        futures = {pool.submit(train, job): job for job in todo}
-        for future in as_completed(futures):
-            lesson, kind, name, seed = futures[future]
-            facts = {"code": codes[lesson], "date": time.strftime("%Y-%m-%d")}
-            run = facts | future.result()
-            kept = every[lesson][kind].setdefault(name, [])
-            kept[:] = [each for each in kept if each["seed"] != seed] + [run]
-            kept.sort(key=lambda each: each["seed"])
-            every[lesson]["machine"] = machine()
-            keep(lesson, every[lesson])
-            end = f"{run.get('end', float('nan')):9.2f} {run['ended by'][:30]}"
-            print(f"{name or 'healthy':44} seed {seed} {end}", flush=True)
-
-
-def machine() -> dict:
-    """Where the figures come from."""
-    from importlib.metadata import version
-
-    packages = {name: version(name) for name in ("torch", "gymnasium", "transformers")}
-    return {"python": platform.python_version()} | packages
+                sys.exit(f"{name or 'healthy'}, seed {seed}: {said[-3000:]}")
+            run = {"code": code, "date": str(date.today())}
+            run |= json.loads(path.read_text())
+        kept[:] = [*(each for each in kept if each["seed"] != seed), run]
+        kept.sort(key=lambda each: each["seed"])
+        keep(lesson, results | {"machine": machine})
+        print(
+            f"{name or 'healthy':44} seed {seed} {run.get('end', 0):9.2f}", flush=True
+        )
 
 
 def check(words: list[str]) -> None:
-    """Plant each bug: which of the lesson's fast tests fail? Keep their names."""
+    """Plant each bug: which of the lesson's tests fail? Keep their names."""
     trial.import_libraries()
-    missed = []
+    missed, seconds = [], {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trial.copy_of_repository(folder)
-        seconds = {}
         for bug in chosen(words):
             lesson = lesson_of(bug)
             if lesson not in seconds:
-                whole = trial.run_tests(folder, lesson)
-                seconds[lesson] = whole["seconds"]
-                if whole["failed"]:
-                    sys.exit(f"Without a bug: {', '.join(whole['failed'])} fails.")
+                seconds[lesson] = trial.seconds_of(folder, lesson)
             (folder / bug.file).write_text(planted(bug))
-            failed = []
-            for slowest in (1, float("inf")):  # seconds a test; slow ones if need be
-                options = () if slowest == 1 else ("-x",)
-                failed = (
-                    failed
-                    or trial.run_tests(
-                        folder, lesson, seconds[lesson], slowest, options
-                    )["failed"]
-                )
+            # All tests of less than a second; if none of them fails, the others.
+            failed = trial.run_tests(folder, lesson, seconds[lesson], slowest=1)[0]
+            if not failed:
+                failed = trial.run_tests(folder, lesson, seconds[lesson], "-x")[0]
             shutil.copy(ROOT / bug.file, folder)
             missed += [] if failed else [bug.name]
             word = failed[0].split("::")[-1] if failed else "NOT CAUGHT"
@@ -243,14 +177,6 @@ def check(words: list[str]) -> None:
 # ------------------------------------------------------------------------------------
 # A bug beside a healthy run
 # ------------------------------------------------------------------------------------
-
-# The columns of the printed tables that are worth to be seen twice.
-COLUMNS = {
-    CARTPOLE: ["episodes", "last 100", "entropy", "loss"],
-    TICTACTOE: ["updates", "wins 1st", "wins 2nd", "entropy", "loss"],
-    LANDER: ["steps", "return", "KL", "clipped", "entropy", "explained"],
-    GRPO: ["step", "reward", "entropy", "KL", "clipped", "gradient"],
-}
 
 
 def side_by_side(columns: list[str], processes: list) -> list[str]:
@@ -287,7 +213,7 @@ def side_by_side(columns: list[str], processes: list) -> list[str]:
 def show(word: str, seed: int = 0) -> None:
     """Train with the bug and without, side by side, and say what was seen."""
     bug = find(word)
-    lesson, page = lesson_of(bug), PAGES[lesson_of(bug)]
+    lesson, page = lesson_of(bug), FACTS[lesson_of(bug)]["page"]
     planted(bug)  # stops here if it cannot be planted
     print(f"{lesson} with {bug.name} and without, seed {seed}.")
     print("'-': that run has ended. Importing the libraries takes seconds ...\n")
@@ -295,7 +221,7 @@ def show(word: str, seed: int = 0) -> None:
         paths = [Path(folder, name) for name in ("bug", "healthy")]
         pairs = zip(paths, (True, False), strict=True)
         processes = [runs.start(bug, with_it, seed, path) for path, with_it in pairs]
-        words = side_by_side(COLUMNS[lesson], processes)
+        words = side_by_side(FACTS[lesson]["columns"], processes)
         for process, path, said in zip(processes, paths, words, strict=True):
             if process.wait() or not path.exists():
                 sys.exit(f"A run failed:\n{said}")
@@ -312,7 +238,7 @@ def show(word: str, seed: int = 0) -> None:
 def tell(bug: Bug) -> None:
     """What the bug is."""
     print(f"\n{bug.name}: {bug.why}\n")
-    print("\n".join(diff(bug)))
+    print("\n".join(plant.diff(bug)))
     number = CHECKS.index(bug.check) + 1
     print(f"\nCheck {number} of tests/bugs/README.md finds it: {bug.check}.")
 
@@ -320,9 +246,6 @@ def tell(bug: Bug) -> None:
 # ------------------------------------------------------------------------------------
 # The exercise
 # ------------------------------------------------------------------------------------
-
-# These symptoms are measured by the museum, no lesson prints them.
-NOT_PRINTED = {"hidden", "critic worse", "illegal", "nothing moves"}
 
 
 def remember(**facts) -> None:
@@ -349,53 +272,53 @@ def exercise(level: str = "", dice: random.Random = random) -> None:
     if level not in ("", "1", "2", "3", "4", "hard"):
         sys.exit(f"exercise, exercise 1 to 4, or exercise hard; not exercise {level}")
     lessons = [LESSONS[int(level) - 1]] if level.isdigit() else LESSONS
-    bugs = [bug for bug in plantable()[0] if lesson_of(bug) in lessons]
+    bugs = [bug for lesson in lessons for bug in bugs_of(lesson)]
     if level == "hard":
         bugs = [bug for bug in bugs if "hidden" in seen(bug)]
     else:
-        bugs = [bug for bug in bugs if set(seen(bug)) - NOT_PRINTED]
+        bugs = [bug for bug in bugs if set(seen(bug)) - {"hidden"}]
     last = remembered().get("name")
-    bug = dice.choice([bug for bug in bugs if bug.name != last])
+    bugs = [bug for bug in dice.sample(bugs, len(bugs)) if bug.name != last]
+    bug = next(bug for bug in bugs if not plant.trouble(bug))
     shutil.rmtree(EXERCISE, ignore_errors=True)
     lesson, folder = lesson_of(bug), os.path.relpath(EXERCISE)
     runs.copy_lesson(EXERCISE, lesson, bug, exercise_settings(bug))
     remember(name=bug.name, hints=0)
-    where = " (or the game beside it)" if lesson == TICTACTOE else ""
-    print(f"{folder}/{lesson}{where} has a bug, in one to three lines.")
-    for name, value in bug.settings.items():
-        print(f"Its Setting {name} = {value} is meant to be so.")
-    print(f"Run it, {runs.LASTS[lesson]} or more:  python {folder}/{lesson}")
+    beside = " (or the game beside it)" if lesson == TICTACTOE else ""
+    meant = "".join(f" ({k} = {v} is meant so.)" for k, v in bug.settings.items())
+    look = f"""\
+Compare what it prints with the healthy figures of tests/bugs/{FACTS[lesson]["page"]},
+look up there what differs, and find the lines. The run is as long as those on that
+page, with another seed."""
     if level == "hard":
-        print("Its curve shows nothing. Which check of tests/bugs/README.md finds it?")
-        print("finds it? Read the lines that the check is about, and try it on them.")
-    else:
-        print(f"Compare what it prints with the healthy figures of {PAGES[lesson]}")
-        print(
-            "(in tests/bugs/), look up what differs there, and find the lines. It runs"
-        )
-        print("as long as the runs on that page, with another seed.")
-    print(f"Stuck: {ME} hint")
-    print(f"Fixed it, or given up: {ME} solution")
+        look = """\
+Its curve shows nothing. Which check of tests/bugs/README.md would find it? Read the
+lines that a check is about, and try it on them."""
+    print(f"""\
+{folder}/{lesson}{beside} has a bug, in one to three lines.{meant}
+Run it, {FACTS[lesson]["lasts"]} or more:  python {folder}/{lesson}
+{look}
+Stuck: {ME} hint
+Fixed it, or given up: {ME} solution""")
 
 
 def exercise_settings(bug: Bug) -> dict:
     """As long as the runs on the page, to compare figures, but with another seed."""
-    return runs.SHORT[lesson_of(bug)] | bug.settings | {"SEED": len(SEEDS)}
+    return FACTS[lesson_of(bug)]["settings"] | bug.settings | {"SEED": len(SEEDS)}
 
 
 def exercise_text(bug: Bug, file: str, with_bug: bool) -> str:
     """A script of the exercise as it was written, or as it would be without the bug."""
     plant_it = with_bug and file == bug.file
     text = planted(bug) if plant_it else (ROOT / file).read_text()
-    settings = exercise_settings(bug).items()
-    here = settings_in(text)
-    return with_settings(text, **{k: v for k, v in settings if k in here})
+    settings = exercise_settings(bug) if file == lesson_of(bug) else {}
+    return plant.with_settings(text, **settings)
 
 
 def code_lines(text: str) -> list[tuple[str, int]]:
     """The lines with code, without comments, and their numbers."""
-    lines = [line.rstrip() for line in only_code(text).splitlines()]
-    return [(line, number) for number, line in enumerate(lines, 1) if line]
+    lines = enumerate(plant.only_code(text).splitlines(), 1)
+    return [(re.sub(r"(?<=\S)\s+", "", line), n) for n, line in lines if line.strip()]
 
 
 def changes(right: str, other: str) -> list[tuple[int, int, str]]:
@@ -441,7 +364,7 @@ def function_around(text: str, right: str) -> str:
     place = min(a for a, _, _ in changes(right, text))
     line, name = code_lines(right)[place][1], "the code outside of functions"
     for node in ast.walk(ast.parse(right)):
-        is_function = isinstance(node, ast.FunctionDef) and named(node, node.name)
+        is_function = isinstance(node, ast.FunctionDef) and plant.named(node, node.name)
         if is_function and node.lineno <= line <= node.end_lineno:
             name = f"{node.name}()"
     return name
@@ -461,13 +384,16 @@ def solution(word: str = "") -> None:
     if word == "show":
         return tell(bug)
     planted_text, right = (exercise_text(bug, bug.file, w) for w in (True, False))
-    if same_code(mine[bug.file], planted_text):
+    if plant.same_code(mine[bug.file], planted_text):
         print("You have not changed the line yet. This is the bug:")
         return tell(bug)
     bug_places = [(a, b) for a, b, _ in changes(right, planted_text)]
     left, more = [], []
     for file, text in mine.items():
-        for a, b, where in changes(exercise_text(bug, file, False), text):
+        healthy = exercise_text(bug, file, False)
+        for a, b, where in (
+            [] if plant.same_code(text, healthy) else changes(healthy, text)
+        ):
             near = any(a <= last and first <= b for first, last in bug_places)
             (left if near and file == bug.file else more).append(f"{where} of {file}")
     if left and not passes_its_tests(bug, mine):
@@ -494,9 +420,9 @@ def passes_its_tests(bug: Bug, mine: dict[str, str]) -> bool:
         folder = Path(name)
         trial.copy_of_repository(folder)
         for file, text in mine.items():
-            code = settings_in((ROOT / file).read_text())
+            code = plant.settings_in((ROOT / file).read_text())
             for setting in exercise_settings(bug).keys() & code.keys():
-                now = settings_in(text)[setting]
+                now = plant.settings_in(text)[setting]
                 text = text.replace(
                     f"\n{setting} = {now}", f"\n{setting} = {code[setting]}"
                 )
@@ -530,7 +456,7 @@ def main() -> None:
             sys.exit(f"{rest[0]} is no seed: {ME} {find(command).name} 1")
         else:
             show(command, *map(int, rest))
-    except Gone as problem:
+    except plant.Gone as problem:
         sys.exit(str(problem))
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import trial
-from plant import CARTPOLE, GRPO, HERE, LANDER, ROOT, TICTACTOE
+from catalogue import CARTPOLE, GRPO, LANDER, TICTACTOE
+from plant import FACTS, HERE, ROOT
 
 RESULTS = HERE / "results" / "mutations.json"
 EQUATIONS = {
@@ -153,22 +154,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trial.copy_of_repository(folder)
-        for script in [each for each, test in trial.TESTS.items() if word in test]:
+        for script in [each for each in FACTS if word in FACTS[each]["tests"]]:
             found, alive = mutants(script), []
-            whole = trial.run_tests(folder, script)
-            if whole["failed"]:
-                sys.exit(f"Without a change: {', '.join(whole['failed'])} fails.")
+            seconds = trial.seconds_of(folder, script)
             for function, change, text in found:
                 (folder / script).write_text(text)
-                outcome = trial.run_tests(
-                    folder, script, whole["seconds"], options=("-x",)
-                )
-                if not outcome["failed"]:
-                    because = BECAUSE.get(change, "Not explained.")
-                    alive.append(
-                        {"function": function, "change": change, "because": because}
-                    )
-                    print(f"survives: {script} {function}: {change}", flush=True)
+                if trial.run_tests(folder, script, seconds, "-x")[0]:
+                    continue
+                because = BECAUSE.get(change, "Not explained.")
+                facts = {"function": function, "change": change, "because": because}
+                alive.append(facts)
+                print(f"survives: {script} {function}: {change}", flush=True)
             shutil.copy(ROOT / script, folder)
             killed = len(found) - len(alive)
             print(f"{script}: {killed} of {len(found)} killed", flush=True)

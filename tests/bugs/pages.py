@@ -7,68 +7,10 @@ import statistics
 import museum
 import numpy as np
 import symptoms
-from catalogue import CARTPOLE, CHECKS, GRPO, LANDER, TICTACTOE, Bug
+from catalogue import CHECKS, Bug
 from matplotlib.figure import Figure
-from museum import healthy_of, results_of, seen
-from plant import HERE, LESSONS, bugs_of, code_hash, diff, lesson_of
-
-TITLES = {
-    CARTPOLE: "Lesson 1: bugs in REINFORCE",
-    TICTACTOE: "Lesson 2: bugs in actor-critic and self-play",
-    LANDER: "Lesson 3: bugs in PPO",
-    GRPO: "Lesson 4: bugs in GRPO",
-}
-ABOUT = {
-    CARTPOLE: "at most 1,600 episodes; pictures: the score over episodes",
-    TICTACTOE: "400 updates; pictures: the % of games won against random play, mean of "
-    "both seats, over updates",
-    LANDER: "300,000 steps; pictures: the return over steps",
-    GRPO: "the bundled models, 50 steps; pictures: the mean reward of a group over "
-    "steps",
-}
-# Each figure: its name in the results, in words, its format, where to find it.
-FIGURES = {
-    CARTPOLE: [
-        ("end", "last 100", ".0f", "in the last line"),
-        ("budget used", "episodes", ".0f", "in the last line"),
-        ("entropy early", "entropy early", ".2f", "after a fifth of the lines"),
-        ("entropy", "entropy at the end", ".2f", "in the last line"),
-        ("greedy", "greedy score", ".0f", "of 100 held-out episodes"),
-        ("sampled", "sampled score", ".0f", "of the same, not printed"),
-    ],
-    TICTACTOE: [
-        ("wins 1st", "wins 1st, %", ".1f", "in the last line"),
-        ("wins 2nd", "wins 2nd, %", ".1f", "in the last line"),
-        ("lines lost", "lines lost", ".0f", "lost 1st and 2nd, in the last line"),
-        ("entropy early", "entropy early", ".2f", "after a fifth of the lines"),
-        ("entropy", "entropy at the end", ".2f", "in the last line"),
-        ("loss", "loss", ".2f", "the median of all lines"),
-        ("critic error", "critic's squared error", ".2f", "not printed"),
-        ("illegal moves", "illegal moves", ".1%", "not printed"),
-    ],
-    LANDER: [
-        ("end", "return", ".0f", "in the last line"),
-        ("greedy", "greedy score", ".0f", "of 100 held-out episodes"),
-        ("length", "length", ".0f", "in the last line"),
-        ("KL", "KL", ".4f", "the median of the first half of the lines"),
-        ("clipped", "clipped", ".0%", "the median of the first half of the lines"),
-        ("entropy early", "entropy early", ".2f", "after a fifth of the lines"),
-        ("entropy", "entropy at the end", ".2f", "in the last line"),
-        ("explained", "explained", ".2f", "the median of all lines"),
-    ],
-    GRPO: [
-        ("end", "reward", ".2f", "the mean of the last 5 steps"),
-        ("greedy", "fresh reward", ".2f", "of 64 new responses"),
-        ("first loss", "first loss", ".2f", "in the first line"),
-        ("first gradient", "first gradient", ".2f", "in the first line"),
-        ("KL", "KL", ".3f", "the mean of all lines"),
-        ("clipped", "clipped, most", ".1%", "the largest of all lines"),
-        ("entropy early", "entropy early", ".2f", "after a fifth of the lines"),
-        ("entropy", "entropy at the end", ".2f", "in the last line"),
-        ("cut off", "cut off", ".0%", "of the 64 new responses"),
-        ("weights moved", "weights moved", ".0%", "not printed"),
-    ],
-}
+from museum import healthy_of, seen
+from plant import FACTS, HERE, LESSONS, bugs_of, code_hash, diff, lesson_of
 
 
 def middle(runs: list, name: str, form: str) -> str:
@@ -125,8 +67,8 @@ def by_symptom(bugs: list[Bug]) -> str:
 def apart(bug: Bug) -> str:
     """The figures of which no run with the bug comes near a healthy one."""
     healthy, rows = healthy_of(bug), []
-    runs = results_of(lesson_of(bug))["bugs"].get(bug.name, [])
-    for name, words, form, _ in FIGURES[lesson_of(bug)]:
+    runs = museum.results_of(lesson_of(bug))["bugs"].get(bug.name, [])
+    for name, words, form, _ in FACTS[lesson_of(bug)]["figures"]:
         here, there = ([r[name] for r in part if name in r] for part in (runs, healthy))
         if here and there and (min(here) > max(there) or max(here) < min(there)):
             values = [middle(part, name, form) for part in (runs, healthy)]
@@ -139,7 +81,7 @@ def section(bug: Bug) -> str:
     """One bug: the lines, what was seen, what finds it, who met it."""
     keys, number = seen(bug), CHECKS.index(bug.check) + 1
     settings = ", ".join(f"`{name} = {value}`" for name, value in bug.settings.items())
-    caught = results_of(lesson_of(bug))["caught"].get(bug.name)
+    caught = museum.results_of(lesson_of(bug))["caught"].get(bug.name)
     test = f", `{caught[0].split('::')[-1]}`" if caught else ""
     parts = [
         f"### {number_of(bug)} {bug.name}",
@@ -168,7 +110,7 @@ def not_as_reported(bugs: list[Bug]) -> str:
 def draw(bug: Bug) -> None:
     """Write the curves of a bug, red, beside the healthy band, grey."""
     healthy = healthy_of(bug)
-    runs = results_of(lesson_of(bug))["bugs"][bug.name]
+    runs = museum.results_of(lesson_of(bug))["bugs"][bug.name]
     figure = Figure(figsize=(3.4, 1.6), layout="constrained")
     axes = figure.subplots()
     grid = np.linspace(0, max(run["x"][-1] for run in healthy + runs), 60)
@@ -185,7 +127,7 @@ def draw(bug: Bug) -> None:
 
 def measured(lesson: str) -> str:
     """When and with what a lesson was measured, and whether its code is the same."""
-    results = results_of(lesson)
+    results = museum.results_of(lesson)
     groups = [*results["healthy"].values(), *results["bugs"].values()]
     runs = [run for group in groups for run in group]
     dates = sorted({run["date"] for run in runs})
@@ -204,14 +146,14 @@ def measured(lesson: str) -> str:
 def page(lesson: str) -> str:
     """The page of a lesson."""
     bugs = bugs_of(lesson)
-    healthy = results_of(lesson)["healthy"][""]
+    healthy = museum.results_of(lesson)["healthy"][""]
     figures = [
         (words, middle(healthy, name, form), spread(healthy, name, form), where)
-        for name, words, form, where in FIGURES[lesson]
+        for name, words, form, where in FACTS[lesson]["figures"]
     ]
     quiet = sum("hidden" in seen(bug) for bug in bugs)
     parts = [
-        f"# {TITLES[lesson]}",
+        f"# {FACTS[lesson]['title']}",
         f"[How to debug](README.md) · {len(bugs)} bugs in `{lesson}`, {quiet} of which "
         "the learning curve does not show. " + measured(lesson),
         "## What you see, and which bug it may be",
@@ -221,9 +163,9 @@ def page(lesson: str) -> str:
         "is no check.",
         by_symptom(bugs),
         "## Healthy figures",
-        f"Of three runs (seeds 0 to 2, {ABOUT[lesson]}; grey: the healthy runs, red: "
-        f"the three with the bug). Untrained, the agent scores "
-        f"{middle(healthy, 'start', '.1f')}.",
+        f"Of three runs, seeds 0 to 2 ({FACTS[lesson]['about']}). In the pictures, grey "
+        "is the range of the healthy runs, red the three with the bug. Untrained, the "
+        f"agent scores {middle(healthy, 'start', '.1f')}.",
         table(("Figure", "Median", "Seeds", "Where"), figures),
         "## The bugs",
         "Lines with - are those of the lesson, with + those of the bug. Only figures "
@@ -252,11 +194,11 @@ def write() -> None:
     (HERE / "pictures").mkdir(exist_ok=True)
     rows = []
     for number, lesson in enumerate(LESSONS, 1):
-        (HERE / museum.PAGES[lesson]).write_text(page(lesson))
+        (HERE / FACTS[lesson]["page"]).write_text(page(lesson))
         for bug in bugs_of(lesson):
             draw(bug)
         quiet = sum("hidden" in seen(bug) for bug in bugs_of(lesson))
-        link = f"[{TITLES[lesson]}]({museum.PAGES[lesson]})"
+        link = f"[{FACTS[lesson]['title']}]({FACTS[lesson]['page']})"
         rows.append((str(number), link, str(len(bugs_of(lesson))), str(quiet)))
     total = [str(sum(int(row[place]) for row in rows)) for place in (2, 3)]
     head = "Lesson", "Page", "Bugs", "Not in the curve"

@@ -14,42 +14,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-from plant import (
-    CARTPOLE,
-    GRPO,
-    LANDER,
-    ROOT,
-    TICTACTOE,
-    Bug,
-    files_of,
-    lesson_of,
-    planted,
-    settings_in,
-    with_settings,
-)
-
-# Runs short enough to try; the healthy runs beside the bugs have these Settings too.
-SHORT = {
-    CARTPOLE: {"MAX_EPISODES": 1_600, "CHECK_EPISODES": 300},
-    TICTACTOE: {"NUM_UPDATES": 400, "MAX_UPDATES": 400, "REPORT_EVERY": 20},
-    LANDER: {"TOTAL_STEPS": 300_000, "REPORT_EVERY": 3},
-    GRPO: {
-        "POLICY_MODEL_NAME": "grpo_tiny/policy",
-        "REWARD_MODEL_NAME": "grpo_tiny/reward",
-    },
-}
-# How long such a run takes on a usual core, in words.
-LASTS = {CARTPOLE: "10 seconds", TICTACTOE: "10 seconds", LANDER: "half a minute"}
-LASTS |= {GRPO: "20 seconds"}
+import plant
+from catalogue import GRPO, Bug
+from plant import ROOT, files_of, lesson_of
 
 
 def copy_lesson(folder: Path, lesson: str, bug: Bug | None, settings: dict) -> None:
     """Write the lesson with its bug and Settings, and what it needs, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in files_of(lesson):
-        text = planted(bug) if bug and bug.file == file else (ROOT / file).read_text()
-        here = {k: v for k, v in settings.items() if k in settings_in(text)}
-        (folder / file).write_text(with_settings(text, **here))
+        text = (
+            plant.planted(bug)
+            if bug and bug.file == file
+            else (ROOT / file).read_text()
+        )
+        text = plant.with_settings(text, **settings) if file == lesson else text
+        (folder / file).write_text(text)
     for part in ("policy", "reward") if lesson == GRPO else ():
         models = Path("grpo_tiny", part)
         shutil.copytree(ROOT / models, folder / models, dirs_exist_ok=True)
@@ -116,11 +96,13 @@ def entropies(rows: list[dict]) -> dict:
     return {name: column[place] for name, place in places.items()}
 
 
-def moved(first, last) -> dict:
-    """The share of weights that are not what they were."""
-    first, last = first.state_dict(), last.state_dict()
-    same = [(first[name] == last[name]).float().mean().item() for name in first]
-    return {"weights moved": 1 - statistics.fmean(same)}
+def held_out(healthy, policy, pick=lambda scores: scores) -> dict:
+    """The mean scores of 100 held-out episodes, by the healthy lesson."""
+    seed, ways = healthy.HELD_OUT_SEED, {"greedy": True, "sampled": False}
+    scores = {
+        name: healthy.evaluate(policy, 100, seed, way) for name, way in ways.items()
+    }
+    return {name: float(pick(each).mean()) for name, each in scores.items()}
 
 
 # ------------------------------------------------------------------------------------
@@ -130,93 +112,51 @@ def moved(first, last) -> dict:
 
 def read_cartpole(module, healthy, saved, rows) -> dict:
     """Figures of lesson 1; `budget used` in episodes."""
-    policy, scores = saved["policy"], saved["scores"]
-    first = module.PolicyNetwork(healthy.HIDDEN_UNITS)
-    held_out = {
-        name: healthy.evaluate(policy, 100, healthy.HELD_OUT_SEED, greedy=greedy)
-        for name, greedy in [("greedy", True), ("sampled", False)]
-    }
+    scores = saved["scores"]
     return (
         curve(list(range(1, len(scores) + 1)), scores, 50)
         | {"start": statistics.fmean(scores[:32])}
         | {"end": statistics.fmean(scores[-100:])}
         | entropies(rows)
-        | {name: score.mean().item() for name, score in held_out.items()}
-        | moved(first, policy)
+        | held_out(healthy, saved["policy"])
     )
 
 
 def read_tictactoe(module, healthy, saved, rows) -> dict:
     """Figures of lesson 2; the score is the mean of wins in both seats, in %."""
-    import torch
-
-    actor, critic = saved["actor"], saved["critic"]
-    first = module.ActorNetwork(healthy.HIDDEN_UNITS)
-
-    def results(actor, kind: int) -> list:  # 0: numbers of lines, 1: probabilities
-        return [healthy.play_every_line(actor, seat)[kind] for seat in healthy.SEATS]
-
-    wins = [100 * result[0] for result in results(actor, 1)]
-    at_first = [100 * result[0] for result in results(first, 1)]
-    # How often the planted code lets the trained actor make an illegal move.
-    torch.manual_seed(0)
-    env = module.gym.make_vec(module.ENV_ID, num_envs=200)
-    both, never = torch.arange(200) % 2 == 0, torch.zeros(200)
-    boards, _, actions, mine, _ = module.play_games(env, actor, actor, both, never)
-    taken = (boards.gather(2, actions[..., None])[..., 0] != 0)[mine]
-    # The critic's error where it can be known: on games of the healthy code.
-    env = healthy.gym.make_vec(healthy.ENV_ID, num_envs=2_000)
-    both, chances = torch.arange(2_000) % 2 == 0, torch.full((2_000,), 0.25)
-    boards, _, _, mine, outcome = healthy.play_games(env, actor, actor, both, chances)
-    values = critic(boards[mine]).detach().flatten()
-    score = [sum(at_first) / 2] + [(r["wins 1st"] + r["wins 2nd"]) / 2 for r in rows]
+    first = module.ActorNetwork(healthy.HIDDEN_UNITS)  # the actor before its training
+    wins = [healthy.play_every_line(first, seat)[1][0] for seat in healthy.SEATS]
+    score = [(row["wins 1st"] + row["wins 2nd"]) / 2 for row in rows]
+    last = rows[-1]
     return (
-        curve([0.0] + [row["updates"] for row in rows], score)
-        | {"end": score[-1], "wins 1st": wins[0], "wins 2nd": wins[1]}
-        | {"greedy": sum(wins) / 2}
-        | entropies(rows)
-        | {"lines lost": sum(result[2] for result in results(actor, 0))}
+        curve([0.0] + [row["updates"] for row in rows], [50 * sum(wins), *score])
+        | {"end": score[-1], "greedy": score[-1]}
+        | {seat: last[seat] for seat in ("wins 1st", "wins 2nd")}
+        | {"lines lost": last["lost 1st"] + last["lost 2nd"]}
         | {"loss": statistics.median(row["loss"] for row in rows)}
-        | {"illegal moves": taken.float().mean().item()}
-        | {
-            "critic error": ((outcome.expand_as(mine)[mine] - values) ** 2)
-            .mean()
-            .item()
-        }
-        | moved(first, actor)
+        | entropies(rows)
     )
 
 
 def read_lander(module, healthy, saved, rows) -> dict:
     """Figures of lesson 3; the score is the return, the budget is in steps."""
-    agent, early = saved["agent"], rows[: len(rows) // 2]
-    first = module.ActorCritic(healthy.HIDDEN_UNITS)
-    held_out = {
-        name: healthy.evaluate(agent.actor, 100, healthy.HELD_OUT_SEED, greedy=greedy)
-        for name, greedy in [("greedy", True), ("sampled", False)]
-    }
+    early = rows[: len(rows) // 2]
     return (
         curve([row["steps"] for row in rows], [row["return"] for row in rows], 30)
         | {"end": rows[-1]["return"], "length": rows[-1]["length"]}
-        | entropies(rows)
         | {"KL": statistics.median(row["KL"] for row in early)}
         | {"clipped": statistics.median(row["clipped"] for row in early) / 100}
         | {"explained": statistics.median(row["explained"] for row in rows)}
-        | {name: float(scores[0].mean()) for name, scores in held_out.items()}
-        | moved(first.actor, agent.actor)
+        | entropies(rows)
+        | held_out(healthy, saved["agent"].actor, lambda scores: scores[0])
     )
 
 
 def read_grpo(module, healthy, saved, rows) -> dict:
     """Figures of lesson 4; the score is the mean reward of a group."""
     import torch
-    import transformers
 
     policy, tokenizer, history = saved["policy"], saved["tokenizer"], saved["history"]
-    folder = ROOT / "grpo_tiny" / "policy"
-    first = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=policy.dtype
-    )
     policy = policy.float().eval()
     healthy.POLICY_MODEL_NAME = "grpo_tiny/policy"
     healthy.REWARD_MODEL_NAME = "grpo_tiny/reward"
@@ -237,16 +177,10 @@ def read_grpo(module, healthy, saved, rows) -> dict:
         | {"KL": statistics.fmean(row["KL"] for row in rows)}
         | {"clipped": max(row["clipped"] for row in rows)}
         | {"first loss": rows[0]["loss"], "first gradient": rows[0]["gradient"]}
-        | moved(first.float(), policy)
     )
 
 
-READERS = {
-    CARTPOLE: read_cartpole,
-    TICTACTOE: read_tictactoe,
-    LANDER: read_lander,
-    GRPO: read_grpo,
-}
+READERS = [read_cartpole, read_tictactoe, read_lander, read_grpo]
 
 # ------------------------------------------------------------------------------------
 # A run
@@ -303,7 +237,9 @@ def train(lesson: str, bug: Bug | None, settings: dict) -> dict:
             torch.manual_seed(settings["SEED"])  # for a network as it was at first
             healthy = load(ROOT, lesson)
             rows = rows_of(out.getvalue())
-            found |= READERS[lesson](module, healthy, saves[-1], rows)
+            found |= READERS[plant.LESSONS.index(lesson)](
+                module, healthy, saves[-1], rows
+            )
         return found
 
 
@@ -317,12 +253,10 @@ def start(bug: Bug, plant_it: bool, seed: int, path: Path) -> subprocess.Popen:
 
 def main() -> None:
     """What `start` starts."""
-    from plant import BUGS
-
     name, plant_it, seed, path = sys.argv[1:]
-    bug = next(bug for bug in BUGS if bug.name == name)
+    bug = next(bug for bug in plant.BUGS if bug.name == name)
     lesson = lesson_of(bug)
-    settings = SHORT[lesson] | bug.settings | {"SEED": int(seed)}
+    settings = plant.FACTS[lesson]["settings"] | bug.settings | {"SEED": int(seed)}
     found = train(lesson, bug if plant_it == "True" else None, settings)
     Path(path).write_text(json.dumps(found))
 

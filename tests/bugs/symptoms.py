@@ -158,7 +158,6 @@ SYMPTOMS: dict[str, tuple[str, Rule]] = {
     ),
     "entropy slow": ("Entropy falls more slowly than usual", entropy_slow),
     "entropy stays": ("Entropy ends far above the usual", entropy_stays),
-    "nothing moves": ("Few weights move, or none", times("weights moved", low=0.5)),
     "ratio 1": ("The ratio never leaves 1: nothing is ever clipped", zero("clipped")),
     "clipped": ("Far more is clipped than usual", clipped_much),
     "KL 0": ("KL is 0 for ever", zero("KL")),
@@ -168,19 +167,11 @@ SYMPTOMS: dict[str, tuple[str, Rule]] = {
         lambda run, healthy: run.get("explained", 1) < 0.3,
     ),
     "loss": ("The actor's loss stays far from 0", loss_away),
-    "critic worse": (
-        "The critic's error is larger than usual",
-        times("critic error", high=1.5),
-    ),
     "loses lines": (
         "It wins, but some lines of play are lost",
         lambda run, healthy: run.get("lines lost", 0) > 0,
     ),
     "one seat": ("It plays worse from one seat only", one_seat),
-    "illegal": (
-        "Illegal moves are made",
-        lambda run, healthy: run.get("illegal moves", 0) > 0,
-    ),
     "never ends": ("Responses do not learn to end", never_ends),
     "shorter": ("Episodes are shorter than usual", times("length", low=0.8)),
     "first loss": ("The loss of the first step is not 0", loss_not_0),

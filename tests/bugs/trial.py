@@ -8,14 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from plant import CARTPOLE, GRPO, LANDER, ROOT, TICTACTOE
+from plant import FACTS, ROOT
 
-TESTS = {
-    CARTPOLE: "tests/test_cartpole.py",
-    TICTACTOE: "tests/test_tictactoe.py",
-    LANDER: "tests/test_lunarlander.py",
-    GRPO: "tests/test_grpo.py",
-}
 LIMIT = 300  # seconds; a program that never ends is killed
 
 
@@ -37,45 +31,47 @@ def passes(folder: Path, tests: list[str]) -> bool:
 
 
 class Watch:
-    """A plugin of pytest: the fastest tests first, and what failed, to a file."""
+    """A plugin of pytest: the fastest tests first, and which of them fail."""
 
     def __init__(self, seconds: dict[str, float], slowest: float) -> None:
         self.seconds, self.slowest = seconds, slowest
-        self.outcome = {"failed": [], "seconds": {}}
+        self.failed, self.took = [], {}
 
     def pytest_collection_modifyitems(self, items: list) -> None:
         """Leave out the slow ones and sort the others."""
-        known = [(self.seconds.get(item.nodeid, 0.0), item) for item in items]
-        known = [pair for pair in known if pair[0] <= self.slowest]
-        items[:] = [item for _, item in sorted(known, key=lambda pair: pair[0])]
+        known = {item: self.seconds.get(item.nodeid, 0.0) for item in items}
+        fast = [item for item in items if known[item] <= self.slowest]
+        items[:] = sorted(fast, key=known.get)
 
     def pytest_runtest_logreport(self, report) -> None:
         """Add up setup, test and teardown."""
-        before = self.outcome["seconds"].get(report.nodeid, 0.0)
-        self.outcome["seconds"][report.nodeid] = before + report.duration
-        if report.failed and report.nodeid not in self.outcome["failed"]:
-            self.outcome["failed"].append(report.nodeid)
+        self.took[report.nodeid] = self.took.get(report.nodeid, 0.0) + report.duration
+        if report.failed and report.nodeid not in self.failed:
+            self.failed.append(report.nodeid)
 
     def pytest_collectreport(self, report) -> None:
         """A file that cannot be imported fails as a whole."""
-        if report.failed:
-            self.outcome["failed"].append(report.nodeid)
+        self.failed += [report.nodeid] if report.failed else []
+
+
+def seconds_of(folder: Path, lesson: str) -> dict[str, float]:
+    """How long each of the lesson's tests takes on the copy; all have to pass."""
+    failed, seconds = run_tests(folder, lesson, {})
+    if failed:
+        sys.exit(f"Without a change, these tests fail: {', '.join(failed)}")
+    return seconds
 
 
 def run_tests(
-    folder: Path,
-    lesson: str,
-    seconds: dict[str, float] | None = None,
-    slowest: float = float("inf"),
-    options: tuple = (),
-) -> dict:
+    folder: Path, lesson: str, seconds: dict, *options: str, slowest: float = 1e9
+) -> tuple[list[str], dict[str, float]]:
     """Run the lesson's tests in a fork, which has the libraries already.
 
     `seconds` says how long each takes. Gives the names of those that failed, and how
     long each took. Needs os.fork, so not on Windows.
     """
     path = folder / "outcome.json"
-    path.unlink(missing_ok=True)
+    path.write_text(json.dumps([["the program did not end"], {}]))
     child = os.fork()
     if child == 0:
         signal.alarm(LIMIT)
@@ -86,15 +82,13 @@ def run_tests(
         sys.dont_write_bytecode = True
         import pytest
 
-        watch = Watch(seconds or {}, slowest)
+        watch = Watch(seconds, slowest)
         command = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *options]
-        pytest.main([*command, TESTS[lesson]], plugins=[watch])
-        path.write_text(json.dumps(watch.outcome))
+        pytest.main([*command, FACTS[lesson]["tests"]], plugins=[watch])
+        path.write_text(json.dumps([watch.failed, watch.took]))
         os._exit(0)
     os.waitpid(child, 0)
-    if not path.exists():
-        return {"failed": ["the program did not end"], "seconds": {}}
-    return json.loads(path.read_text())
+    return tuple(json.loads(path.read_text()))
 
 
 def import_libraries() -> None:
