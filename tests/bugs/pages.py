@@ -163,9 +163,9 @@ def page(lesson: str) -> str:
         "is no check.",
         by_symptom(bugs),
         "## Healthy figures",
-        f"Of three runs, seeds 0 to 2 ({FACTS[lesson]['about']}). In the pictures, grey "
-        "is the range of the healthy runs, red the three with the bug. Untrained, the "
-        f"agent scores {middle(healthy, 'start', '.1f')}.",
+        f"Of three runs, seeds 0 to 2 ({FACTS[lesson]['about']}). In the pictures, "
+        "grey is the range of the healthy runs, red the three with the bug. Untrained, "
+        f"the agent scores {middle(healthy, 'start', '.1f')}.",
         table(("Figure", "Median", "Seeds", "Where"), figures),
         "## The bugs",
         "Lines with - are those of the lesson, with + those of the bug. Only figures "
