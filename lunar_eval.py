@@ -8,14 +8,23 @@ Run it, and what you should see
     python lunar_eval.py     about 20 seconds: a table, then three landings, in a window
                              where there is a display, else in `lunarlander.gif`
 
-    greedy    280.7 +- 19.1, minimum 238.7: taking the likeliest action it always lands.
-    sampled   277.1 +- 47.5, minimum 24.9: drawing each action, as in training, it
-              crashes in 3 of 100 episodes.
-    random    -183.1 +- 112.9, and 100 crashes: what an agent gets that learned nothing.
+    policy      mean     std   standard error   minimum   200 or more   crashes
+    greedy     280.7    19.1              1.9     238.7          100%         0
+    sampled    277.1    47.5              4.8      24.9           97%         3
+    random    -183.1   112.9             11.3    -522.1            0%       100
 
-    The std says how much single episodes differ. The mean of 100 of them is known far
-    better, to about std / sqrt(100), its standard error: 280.7 +- 1.9.
+    greedy     It always takes the most likely action, and always lands.
+    sampled    It samples each action, as in training, and crashes in 3 of 100 episodes.
+    random     All actions are equally likely. This is what an agent scores that has
+               learned nothing.
+
+    The standard deviation (std) says how much single episodes differ. The mean of 100
+    of them is known far better than that: its standard error, std / sqrt(100), says how
+    far the mean of other 100 episodes would typically be from that of very many.
 """
+
+if __name__ == "__main__":
+    print("Loading PyTorch and Gymnasium ...", flush=True)  # importing takes seconds
 
 import os
 import sys
@@ -25,44 +34,56 @@ import gymnasium as gym
 import pygame
 import torch
 from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
 
 import lunarlander_ppo as lesson
-from lunarlander_ppo import ActorCritic, evaluate, load_agent
+from lunarlander_ppo import ActorCritic, end_with, evaluate, load_agent
 
 # ------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------
 
-ACTION_SEED = 0  # of the sampled and random actions; the starts have their own seeds
-SHOW = True  # False: print the table and end
-LANDINGS = 3  # episodes to show
+# Seed of the sampled and the random actions; the episodes have seeds of their own.
+ACTION_SEED = 0
+# Whether landings are shown after the table.
+SHOW = True
+# Episodes to show.
+LANDINGS = 3
+# Where the landings are written if there is no display.
 GIF_PATH = Path(__file__).with_name("lunarlander.gif")
-GIF_EVERY = 2  # keep one frame in so many; the lander moves at 50 frames/s
-GIF_SIZE = (300, 200)  # pixels, half of what the environment draws
-GIF_COLOURS = 32  # the picture has few; a smaller palette makes a smaller file
+# One frame in so many is kept. The lander moves at 50 frames a second, the GIF at 25.
+GIF_EVERY = 2
+# Width and height in pixels, half of what the environment draws.
+GIF_SIZE = (300, 200)
+# Colours in a frame. The pictures have few, and a smaller palette makes a smaller file.
+GIF_COLOURS = 32
 
 # ------------------------------------------------------------------------------------
 # Measuring
 # ------------------------------------------------------------------------------------
 
 
-def random_policy(observations: torch.Tensor) -> torch.Tensor:
-    """Logits (B, A) for observations (B, D), all 0: every action is as likely."""
-    return torch.zeros(len(observations), lesson.ACTIONS)
+def random_policy(observations: Tensor) -> Tensor:
+    """Logits (B, K) for observations (B, D), all 0: every action is equally likely."""
+    return torch.zeros(len(observations), lesson.NUM_ACTIONS)
 
 
 def print_report(agent: ActorCritic) -> None:
-    """Print mean, std, minimum, landings and crashes: greedy, sampled and random."""
+    """Print a line each for the greedy, the sampled and a random policy."""
     episodes, first_seed = lesson.HELD_OUT_EPISODES, lesson.HELD_OUT_SEED
     enough = lesson.SOLVED_SCORE
     print(f"{episodes} episodes of {lesson.ENV_ID}, seeds from {first_seed:,}:\n")
-    print(f"policy      mean +-   std   minimum   {enough:g} or more   crashes")
+    print("policy      mean     std   standard error   minimum", end="")
+    print(f"   {enough:g} or more   crashes")
     policies = {"greedy": agent.actor, "sampled": agent.actor, "random": random_policy}
     for name, policy in policies.items():
-        scores, crashed = evaluate(policy, episodes, first_seed, name == "greedy")
+        greedy = name == "greedy"
+        scores, crashed = evaluate(policy, episodes, first_seed, greedy)
+        standard_error = scores.std() / episodes**0.5
         print(
-            f"{name:8}{scores.mean():8.1f} +-{scores.std():6.1f}{scores.min():10.1f}"
-            f"{(scores >= enough).mean():14.0%}{crashed.sum():10}"
+            f"{name:7}{scores.mean():9.1f}{scores.std():8.1f}{standard_error:17.1f}"
+            f"{scores.min():10.1f}{(scores >= enough).mean():14.0%}{crashed.sum():10}"
         )
 
 
@@ -72,7 +93,7 @@ def print_report(agent: ActorCritic) -> None:
 
 
 def has_display() -> bool:
-    """True if a window can be seen: without a screen, SDL draws into the void."""
+    """True if a window can be seen. Without a screen, SDL draws where nobody looks."""
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
         os.environ["SDL_VIDEODRIVER"] = "dummy"  # or SDL warns that it found no screen
     try:
@@ -85,15 +106,20 @@ def has_display() -> bool:
 
 
 @torch.no_grad()
-def play_one_episode(agent: ActorCritic, env: gym.Env, seed: int) -> tuple[float, list]:
-    """Fly one greedy episode; give its score and, in mode "rgb_array", its frames."""
+def play_one_episode(
+    agent: ActorCritic, env: gym.Env, seed: int
+) -> tuple[float | None, list]:
+    """Fly one greedy episode; return its score and, in mode "rgb_array", its frames.
+
+    The score is None if the window was closed before the end.
+    """
     frames, score, ended = [], 0.0, False
     observation, _ = env.reset(seed=seed)
     while not ended:
         if env.render_mode == "rgb_array":  # mode "human" draws by itself
             frames.append(env.render())
         elif pygame.event.peek(pygame.QUIT):  # the window's close button
-            raise KeyboardInterrupt
+            return None, frames
         action = agent.actor(torch.from_numpy(observation)[None]).argmax().item()
         observation, reward, terminated, truncated, _ = env.step(action)
         score += float(reward)
@@ -101,25 +127,47 @@ def play_one_episode(agent: ActorCritic, env: gym.Env, seed: int) -> tuple[float
     return score, frames
 
 
-def show(agent: ActorCritic) -> None:
-    """Show landings in a window if there is a display, else write them as a GIF."""
-    in_window = has_display()
-    if in_window:
-        print(f"\nA window shows {LANDINGS} greedy episodes. Close it to stop.")
+def show(agent: ActorCritic, episodes: int, path: Path, pictures: list) -> bool:
+    """Show greedy episodes in a window or, without a display, write them as a GIF.
+
+    `pictures` are those of earlier calls, and the new ones are added to them: the GIF
+    shows all. Returns whether everything was shown: False if the window was closed.
+    (lunarlander_ppo.py calls this while it trains, see WATCH_EVERY there. That is why
+    lines are printed with tqdm, which keeps them apart from a progress bar.)
+    """
+    in_window, score = has_display(), None
     env = lesson.make_env(render_mode="human" if in_window else "rgb_array")
-    scores, images = [], []
-    for i in range(LANDINGS):
+    for i in range(episodes):
         score, frames = play_one_episode(agent, env, lesson.HELD_OUT_SEED + i)
-        scores.append(f"{score:.0f}")
+        if score is None:
+            break
+        tqdm.write(f"Greedy episode {i + 1}: score {score:.0f}")
         for frame in frames[::GIF_EVERY]:
-            images.append(Image.fromarray(frame).resize(GIF_SIZE).quantize(GIF_COLOURS))
+            small = Image.fromarray(frame).resize(GIF_SIZE)
+            pictures.append(small.quantize(GIF_COLOURS))
     env.close()
-    print(f"\nScores: {', '.join(scores)}.")
     if not in_window:
-        options = {"append_images": images[1:], "loop": 0}
+        options = {"append_images": pictures[1:], "loop": 0}
         options["duration"] = 20 * GIF_EVERY  # milliseconds: as fast as it really moves
-        images[0].save(GIF_PATH, save_all=True, **options)
-        print(f"No display: {Path(GIF_PATH).name} shows them.")
+        pictures[0].save(path, save_all=True, **options)
+        tqdm.write(f"{Path(path).absolute()}")
+    return score is not None
+
+
+def show_landings(agent: ActorCritic) -> None:
+    """Show LANDINGS episodes, and say first where they can be seen."""
+    if has_display():
+        print(f"\nA window shows {LANDINGS} greedy episodes. Close it to stop.")
+        if not show(agent, LANDINGS, GIF_PATH, pictures=[]):
+            print("Stopped.")
+        return
+    print(f"\nThere is no display, so {LANDINGS} greedy episodes go into a GIF ...")
+    show(agent, LANDINGS, GIF_PATH, pictures=[])
+    if "ipykernel" in sys.modules:
+        from IPython.display import Image as Picture
+        from IPython.display import display
+
+        display(Picture(str(GIF_PATH)))
 
 
 # ------------------------------------------------------------------------------------
@@ -129,17 +177,39 @@ def show(agent: ActorCritic) -> None:
 
 def main() -> None:
     """Load the weights, print the report, show some episodes."""
-    if not os.access(Path(GIF_PATH).parent, os.W_OK):
-        sys.exit("GIF_PATH must be in a folder that can be written to.")
-    agent = load_agent(lesson.WEIGHTS_PATH)
-    torch.manual_seed(ACTION_SEED)
-    torch.set_num_threads(1)
     try:
+        check_settings()
+        agent = load_agent(lesson.WEIGHTS_PATH)
+        torch.manual_seed(ACTION_SEED)
+        torch.set_num_threads(1)
         print_report(agent)
         if SHOW:
-            show(agent)
+            show_landings(agent)
     except KeyboardInterrupt:
         print("\nStopped.")
+    except SystemExit as end:
+        end_with(str(end))
+
+
+def check_settings() -> None:
+    """Stop with one line that names every impossible setting, before anything runs."""
+    width, height = GIF_SIZE
+    folder = Path(GIF_PATH).parent
+    rules = {
+        "HELD_OUT_EPISODES must be at least 1": lesson.HELD_OUT_EPISODES >= 1,
+        "ACTION_SEED must be at least 0": ACTION_SEED >= 0,
+        "LANDINGS must be at least 1": LANDINGS >= 1,
+        "GIF_EVERY must be at least 1": GIF_EVERY >= 1,
+        "GIF_SIZE must be at least 1 by 1": min(width, height) >= 1,
+        "GIF_COLOURS must be from 2 to 256": 2 <= GIF_COLOURS <= 256,
+        "GIF_PATH must end in .gif": Path(GIF_PATH).suffix == ".gif",
+        "GIF_PATH must be in a folder that can be written to": os.access(
+            folder, os.W_OK
+        ),
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        sys.exit(f"Settings: {'; '.join(broken)}.")
 
 
 if __name__ == "__main__":
