@@ -287,7 +287,7 @@ def lander_one_flag_for_both_ends(
 
 lines(LANDER, "lander-value-of-the-reset", "data", "mujoco_playground PR 351")(
     "The next observation after an autoreset is that of another episode.",
-    ('led_to[i] = info["final_obs"][i]', ""),
+    ('next_observations[i] = info["final_obs"][i]', ""),
 )
 
 
@@ -325,8 +325,8 @@ lines(LANDER, "lander-not-shuffled", "data", "common")(
 lines(LANDER, "lander-returns-of-normalised-advantages", "by hand", "common")(
     "Advantages are normalised in place, and only then are the returns made.",
     (
-        '"returns": (advantages + values).flatten()',
-        '"returns": normalise(advantages.flatten()) + values.flatten()',
+        '"returns": (values + advantages).flatten()',
+        '"returns": values.flatten() + normalise(advantages.flatten())',
     ),
 )
 lines(LANDER, "lander-entropy-sign", "sign", "pg-is-all-you-need#37", "below")(
@@ -349,14 +349,15 @@ def grpo_no_baseline(rewards, scale_by_std=True):
 
 
 @function(GRPO, "completion_mask", "by hand", "RAGEN#59", "never ends")
-def grpo_end_not_trained(completion_ids, eos_token_id):
+def grpo_end_not_trained(completion_ids, end_ids):
     """The end token is taken for padding, whose number it often shares."""
-    ends = (completion_ids == eos_token_id).long()
-    return (ends.cumsum(1) == 0).long()  # WRONG
+    ends = torch.isin(completion_ids, end_ids).long()
+    ends_before = ends.cumsum(1)  # WRONG
+    return (ends_before == 0).long()
 
 
 @function(GRPO, "completion_mask", "padding", "common")
-def grpo_tokens_after_the_end_trained(completion_ids, eos_token_id):
+def grpo_tokens_after_the_end_trained(completion_ids, end_ids):
     """Everything that was generated is trained."""
     return torch.ones_like(completion_ids)  # WRONG
 
@@ -365,10 +366,10 @@ def grpo_tokens_after_the_end_trained(completion_ids, eos_token_id):
 def grpo_logits_one_token_off(model, prompt_ids, completion_ids, temperature):
     """The logits at place t are about the token at t + 1."""
     ids = torch.cat([prompt_ids, completion_ids], 1)  # WRONG
-    length = completion_ids.shape[1]  # keep only the logits about these: saves memory
-    logits = model(ids, use_cache=False, logits_to_keep=length).logits  # (G, L, V)
+    length = completion_ids.shape[1]
+    logits = model(ids, use_cache=False, logits_to_keep=length).logits
     logits = logits.float() / temperature if temperature != 1 else logits.float()
-    cross_entropy = torch.nn.functional.cross_entropy(
+    cross_entropy = nn.functional.cross_entropy(
         logits.flatten(0, 1), completion_ids.flatten(), reduction="none"
     )
     return -cross_entropy.view_as(completion_ids)
@@ -381,7 +382,7 @@ def grpo_temperature_only_in_drawing(model, prompt_ids, completion_ids, temperat
     length = completion_ids.shape[1]
     logits = model(ids, use_cache=False, logits_to_keep=length).logits
     logits = logits.float()  # WRONG
-    cross_entropy = torch.nn.functional.cross_entropy(
+    cross_entropy = nn.functional.cross_entropy(
         logits.flatten(0, 1), completion_ids.flatten(), reduction="none"
     )
     return -cross_entropy.view_as(completion_ids)
@@ -391,7 +392,10 @@ lines(
     GRPO, "grpo-old-is-always-new", "ratio", "tensorforce#312", "ratio 1", INNER_STEPS=4
 )(
     "With one gradient step a group it makes no difference, later it does.",
-    ("if inner_step == 0:", "if True:"),
+    (
+        'batch.setdefault("old_log_probs", log_probs.detach())',
+        'batch["old_log_probs"] = log_probs.detach()',
+    ),
 )
 
 
@@ -407,21 +411,21 @@ def grpo_kl_sign(
     log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, kl_coef
 ):
     """Objective or loss? The sign of the penalty depends on it."""
-    filler = mask == 0
-    log_probs = log_probs.masked_fill(filler, 0.0)
+    padding = mask == 0
+    log_probs = log_probs.masked_fill(padding, 0.0)
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     advantages = advantages.unsqueeze(1)
     objective = torch.min(ratio * advantages, clipped * advantages)
     if ref_log_probs is not None:
         objective = objective + kl_coef * kl_estimate(log_probs, ref_log_probs)  # WRONG
-    objective = objective.masked_fill(filler, 0.0)
+    objective = objective.masked_fill(padding, 0.0)
     return -(objective.sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
 lines(GRPO, "grpo-reference-is-the-policy", "gradients", "common", "KL 0", KL_COEF=0.4)(
     "An assignment copies nothing in Python.",
-    ("copy.deepcopy(writer) if", "writer if"),
+    ("copy.deepcopy(policy)", "policy"),
 )
 lines(
     GRPO, "grpo-bfloat16-weights", "gradients", "ml-by-hand PR 85", "no weight moves"
@@ -433,12 +437,12 @@ lines(
     GRPO, "grpo-accumulation-not-divided", "one batch", "NeMo-RL#84", MICRO_BATCH_SIZE=2
 )(
     "backward() adds up, the mean over the parts is one's own business.",
-    ("backward(weight * loss)", "backward(loss)"),
+    ('batch["share"] * loss', "loss"),
 )
 
 
 @function(GRPO, "grpo_loss", "padding", "OpenRLHF PR 1240")
-def grpo_filler_times_0(
+def grpo_padding_times_0(
     log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, kl_coef
 ):
     """Times 0 is 0, except for infinity and NaN."""

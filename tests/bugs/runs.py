@@ -41,25 +41,32 @@ def copy_lesson(folder: Path, lesson: str, bug: Bug | None, settings: dict) -> N
 
 
 class Table:
-    """Finds the rows of the table that a lesson prints, whatever columns it has."""
+    """Finds the rows of the table that a lesson prints, whatever columns it has.
+
+    A row has numbers only. The line above the first one is the head, if it is as long:
+    the name of a column ends where its numbers end.
+    """
 
     def __init__(self) -> None:
-        self.columns, self.said = [], []
+        self.names, self.said = [], ""
 
     def row(self, line: str) -> dict[str, str] | None:
         """The words of a line by the names of their columns, if it is a row."""
-        words = line.split()
+        line = line.rstrip()
+        words = list(re.finditer(r"\S+", line))
         try:
-            [number(word) for word in words]
+            [number(word[0]) for word in words]
         except ValueError:
-            names = re.split(r" {2,}", re.sub(r" *\([^)]*\)", "", line).strip())
-            self.said = [name.strip() for name in names]
+            self.said = line
             return None
-        if len(self.said) == len(words):
-            self.columns = self.said  # the line above was the head of the table
-        if len(words) < 2 or len(words) != len(self.columns):
+        if len(self.said) == len(line) > 0:
+            ends = [0, *(word.end() for word in words)]
+            names = [self.said[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+            self.names = [re.sub(r"\(.*\)", "", name).strip() for name in names]
+            self.said = ""
+        if len(words) < 2 or len(words) != len(self.names):
             return None
-        return dict(zip(self.columns, words, strict=True))
+        return dict(zip(self.names, (word[0] for word in words), strict=True))
 
 
 def number(word: str) -> float:
@@ -156,26 +163,24 @@ def read_grpo(module, healthy, saved, rows) -> dict:
     """Figures of lesson 4; the score is the mean reward of a group."""
     import torch
 
-    policy, tokenizer, history = saved["policy"], saved["tokenizer"], saved["history"]
+    policy, tokenizer, prompt = saved["policy"], saved["tokenizer"], healthy.PROMPTS[0]
     policy = policy.float().eval()
     healthy.POLICY_MODEL_NAME = "grpo_tiny/policy"
     healthy.REWARD_MODEL_NAME = "grpo_tiny/reward"
-    *_, judge, judge_tokenizer = healthy.load_models()
+    *_, reward = healthy.load_models()
     torch.manual_seed(healthy.HELD_OUT_SEED)
-    prompt = healthy.PROMPTS[0]
-    _, ids = healthy.generate_group(policy, tokenizer, prompt, 64)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    mask = healthy.completion_mask(ids, tokenizer.eos_token_id)
-    scored = healthy.score_responses(judge, judge_tokenizer, prompt, texts)
-    rewards = [group.mean().item() for group in history]
+    group = healthy.generate_group(policy, tokenizer, prompt, 64)
+    scores = healthy.score_responses(reward, prompt, group["responses"])
+    length = group["mask"].sum(1).float()
+    rewards = [row["reward"] for row in rows]
     return (
-        curve(list(range(len(rewards))), rewards, 25)
+        curve([row["step"] for row in rows], rewards, 25)
         | {"end": statistics.fmean(rewards[-5:]), "budget used": len(rewards)}
         | entropies(rows)
-        | {"greedy": scored.mean().item(), "length": mask.sum(1).float().mean().item()}
-        | {"cut off": (mask.sum(1) == healthy.MAX_NEW_TOKENS).float().mean().item()}
+        | {"greedy": scores.mean().item(), "length": length.mean().item()}
+        | {"cut off": (length == healthy.MAX_NEW_TOKENS).float().mean().item()}
         | {"KL": statistics.fmean(row["KL"] for row in rows)}
-        | {"clipped": max(row["clipped"] for row in rows)}
+        | {"clipped": max(row["clipped"] for row in rows) / 100}
         | {"first loss": rows[0]["loss"], "first gradient": rows[0]["gradient"]}
     )
 
