@@ -1,27 +1,45 @@
 """Measure the CartPole agent that train_cartpole.py made, then watch it balance.
 
 What you will learn
-    How to judge a trained policy: on many episodes with seeds that training never used,
-    with the spread and the worst case beside the mean, and next to a random policy.
+    How to judge a trained policy: on many episodes whose starts were never used in
+    training, with the spread and the worst case beside the mean, and beside a policy
+    that pushes at random.
 
 Run it, and what you should see
-    python cartpoleinference.py     a few seconds, plus 10 for the window
-    It prints a table and shows one episode: in a window where there is a display, else
-    as `cartpole.gif`.
-    greedy    500.0 +- 0.0, minimum 500, the most there is: the pole never falls.
-    sampled   498.2 +- 9.6, minimum 438: drawing each action from the policy, as in
-              training, it falls in 4 of 100 episodes.
-    random    22.4 +- 12.1: the score of an agent that learned nothing.
+    python cartpoleinference.py     a few seconds, and 10 for the window
+    It prints this table, and then shows one episode: in a window where there is a
+    display, otherwise as cartpole.gif.
+
+        policy       mean     std   std. error   minimum   full episodes
+        greedy      500.0     0.0         0.00       500      100 of 100
+        sampled     498.5     8.4         0.84       436       96 of 100
+        random       22.6    11.8         1.18        10        0 of 100
+
+    greedy: the policy always takes the most likely action. The pole never falls.
+    sampled: each action is sampled from the policy, as in training. Now and then it
+        makes a bad push, and the pole falls in 4 of 100 episodes.
+    random: each push has the probability 1/2. An agent that has learned nothing scores
+        about as much.
+    The standard deviation (std) says how far a single score typically is from the mean.
+    The standard error (std / sqrt(number of episodes)) says how far the mean typically
+    is from the mean over all possible episodes.
 """
 
+if __name__ == "__main__":
+    print("Loading PyTorch and Gymnasium ...", flush=True)  # importing takes seconds
+
+import math
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import gymnasium as gym
 import pygame
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+from torch import Tensor
 
 import train_cartpole as lesson
 from train_cartpole import ENV_ID, PolicyNetwork, load_policy
@@ -30,36 +48,58 @@ from train_cartpole import ENV_ID, PolicyNetwork, load_policy
 # Settings
 # ------------------------------------------------------------------------------------
 
-ACTION_SEED = 0  # of the sampled and random actions; the starts have their own seeds
-SHOW = True  # False: print the table and end
+# How many episodes are measured, and the seed of their starts, are Settings of
+# train_cartpole.py: HELD_OUT_EPISODES and HELD_OUT_SEED.
+
+# The seed of the sampled and of the random actions.
+ACTION_SEED = 0
+
+# False: print the table, and show nothing.
+SHOW = True
+
+# Where the episode that is shown begins: cart position, cart velocity, pole angle and
+# angular velocity all have this value. 0.1 is a lean of 6 degrees, and the pole is
+# falling. In training the four start between -0.05 and 0.05; from there a good policy
+# hardly has to move, and there is little to see. At 0.21 an episode is over.
+LEAN = 0.1
+
+# The GIF that is written where there is no display.
 GIF_PATH = Path(__file__).with_name("cartpole.gif")
-GIF_EVERY = 2  # keep one frame in so many; CartPole moves at 50 frames/s, a GIF at 25
-GIF_SIZE = (300, 200)  # pixels; the environment draws 600 x 400
+
+# One frame in so many is kept. CartPole has 50 steps a second; 2 gives 25 frames a
+# second. With a larger number the file is smaller and the motion less smooth.
+GIF_EVERY = 2
+
+# Width and height of the GIF in pixels; the environment draws 600 x 400.
+GIF_SIZE = (300, 200)
 
 # ------------------------------------------------------------------------------------
 # Measuring
 # ------------------------------------------------------------------------------------
 
 
-def random_policy(observations: torch.Tensor) -> torch.Tensor:
-    """Observations (B, 4) -> logits (B, 2), all equal: each push has p = 1/2."""
+def random_policy(observations: Tensor) -> Tensor:
+    """Map observations (B, 4) to equal logits (B, 2): each push has probability 1/2."""
     return torch.zeros(len(observations), 2)
 
 
 def print_report(policy: PolicyNetwork) -> None:
-    """Print mean, std, minimum and full episodes: greedy, sampled and random."""
-    episodes, first_seed = lesson.HELD_OUT_EPISODES, lesson.HELD_OUT_SEED
-    print(f"{episodes} episodes of {ENV_ID}, seeds from {first_seed:,}:\n")
-    print("policy      mean +-   std   minimum   full episodes")
+    """Print one row of the table for each way of playing."""
+    episodes, seed = lesson.HELD_OUT_EPISODES, lesson.HELD_OUT_SEED
+    print(f"{episodes} held-out episodes of {ENV_ID}:\n")
+    print("policy       mean     std   std. error   minimum   full episodes")
     for name, player, greedy in [
         ("greedy", policy, True),
         ("sampled", policy, False),
         ("random", random_policy, False),
     ]:
-        scores = lesson.evaluate(player, episodes, first_seed, greedy)
+        scores = lesson.evaluate(player, episodes, seed, greedy)
         mean, std, low = scores.mean(), scores.std(correction=0), scores.min()
-        full = (scores == lesson.FULL_SCORE).sum()
-        print(f"{name:8}{mean:8.1f} +-{std:6.1f}{low:10g}{full:10} of {episodes}")
+        full = (scores >= lesson.FULL_SCORE).sum()
+        print(
+            f"{name:8}{mean:9.1f}{std:8.1f}{std / math.sqrt(episodes):13.2f}{low:10.0f}"
+            f"{full:9} of {episodes}"
+        )
 
 
 # ------------------------------------------------------------------------------------
@@ -67,35 +107,60 @@ def print_report(policy: PolicyNetwork) -> None:
 # ------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def play_one_episode(policy: PolicyNetwork, env: gym.Env) -> tuple[int, list]:
-    """Play one greedy episode; give its score and its frames."""
-    frames, score, ended, window = [], 0, False, env.render_mode == "human"
-    observation, _ = env.reset(seed=lesson.HELD_OUT_SEED)
-    while not ended:
-        frames.append(env.render())  # None in a window, which draws by itself
-        action = policy(torch.from_numpy(observation)[None]).argmax().item()
-        observation, reward, terminated, truncated, _ = env.step(action)
-        score += int(reward)
-        ended = terminated or truncated or window and pygame.event.peek(pygame.QUIT)
-    return score, frames
+def show(policy: PolicyNetwork, title: str, film: list, stop: list) -> str:
+    """Show one greedy episode in a window, or in a GIF; return a line on how it went.
 
-
-def show(policy: PolicyNetwork) -> None:
-    """Show an episode in a window if there is a display, else write it as a GIF."""
+    Without a display, its frames are added to those in `film`, and the GIF shows them
+    all: so WATCH_EVERY in train_cartpole.py makes one GIF of many episodes. A mark in
+    `stop` ends the episode, and so does the close button of the window.
+    """
     window = has_display()
-    if window:
-        print("\nA window shows one greedy episode. Close it to end sooner.")
     env = gym.make(ENV_ID, render_mode="human" if window else "rgb_array")
-    score, frames = play_one_episode(policy, env)
+    steps, frames = play_one_episode(policy, env, title, stop)
     env.close()
+    if steps is None:
+        return "Stopped."
+    for frame in frames[::GIF_EVERY]:
+        picture = Image.fromarray(frame).resize(GIF_SIZE)
+        ImageDraw.Draw(picture).text((6, 4), title, fill="black")
+        film.append(picture.quantize(32))
+    line = f"The episode lasted {steps} of {env.spec.max_episode_steps} steps."
+    if film:
+        try:
+            save_gif(film)
+            line += f" It is in {GIF_PATH.name}."
+        except OSError as problem:  # a GIF is not worth a training run
+            line += f" No GIF: {problem}."
+    return line
+
+
+@torch.no_grad()
+def play_one_episode(
+    policy: PolicyNetwork, env: gym.Env, title: str, stop: list
+) -> tuple[int | None, list]:
+    """Play one greedy episode; return its steps (None if it was stopped) and frames."""
+    window = env.render_mode == "human"  # it draws by itself, one frame at each step
+    frames, steps, ended = [], 0, False
+    start = {"low": LEAN, "high": LEAN}  # bounds of the four numbers at the start
+    observation, _ = env.reset(seed=lesson.HELD_OUT_SEED, options=start)
     if window:
-        print(f"It lasted {score} of {lesson.FULL_SCORE} steps.")
-        return
-    first, *rest = (Image.fromarray(f).resize(GIF_SIZE) for f in frames[::GIF_EVERY])
-    duration = 20 * GIF_EVERY  # milliseconds a frame, so that it runs in real time
+        pygame.display.set_caption(title)
+    while not ended:
+        if stop or window and pygame.event.peek(pygame.QUIT):
+            return None, []
+        if not window:
+            frames.append(env.render())
+        action = policy(torch.from_numpy(observation)[None]).argmax().item()
+        observation, _, terminated, truncated, _ = env.step(action)
+        steps, ended = steps + 1, terminated or truncated
+    return steps, frames
+
+
+def save_gif(film: list) -> None:
+    """Write the frames so that they are shown as fast as CartPole runs."""
+    first, *rest = film
+    duration = 20 * GIF_EVERY  # milliseconds for each frame
     first.save(GIF_PATH, save_all=True, append_images=rest, duration=duration, loop=0)
-    print(f"\nNo display: {GIF_PATH.name} shows one greedy episode of {score} steps.")
 
 
 def has_display() -> bool:
@@ -113,17 +178,58 @@ def has_display() -> bool:
         pygame.display.quit()
 
 
+# ------------------------------------------------------------------------------------
+# main
+# ------------------------------------------------------------------------------------
+
+
 def main() -> None:
-    """Load the weights, print the report, show an episode."""
+    """Load the weights, print the table, show an episode."""
+    check_settings()
     policy = load_policy()
     torch.manual_seed(ACTION_SEED)
     torch.set_num_threads(1)
+    # Ctrl-C only leaves a mark, because pygame swallows exceptions while it starts.
+    stop, film, before = [], [], signal.getsignal(signal.SIGINT)
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread:  # the only one that may handle signals
+        signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     try:
         print_report(policy)
-        if SHOW:
-            show(policy)
-    except KeyboardInterrupt:
-        print("\nStopped.")
+        if SHOW and not stop:
+            lean = math.degrees(LEAN)
+            print(
+                f"\nOne greedy episode. At first the pole leans by {lean:.0f} degrees,"
+            )
+            print("more than ever in training, so that there is something to see.")
+            closing = "Close the window to end it sooner."
+            print(closing if has_display() else "It is made into a GIF ...")
+            print(show(policy, "CartPole, trained, played greedily", film, stop))
+        elif stop:
+            print("Stopped.")
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, before)
+    if film:
+        print(f"There is no display. Open this file to see the episode:\n{GIF_PATH}")
+        lesson.show_in_notebook(GIF_PATH)
+
+
+def check_settings() -> None:
+    """Stop with one line that names every impossible setting, before anything runs."""
+    rules = {
+        "HELD_OUT_EPISODES (train_cartpole.py) must be 1 or more": (
+            lesson.HELD_OUT_EPISODES >= 1
+        ),
+        "GIF_EVERY must be 1 or more": GIF_EVERY >= 1,
+        "GIF_SIZE must be two numbers of 1 or more": min(GIF_SIZE) >= 1,
+        "LEAN must be from -0.2 to 0.2": abs(LEAN) <= 0.2,
+        "the folder of GIF_PATH must exist and be writable": lesson.can_write(GIF_PATH),
+        "GIF_PATH must end in .gif": GIF_PATH.suffix == ".gif",
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        sys.exit(f"Settings: {'; '.join(broken)}.")
 
 
 if __name__ == "__main__":

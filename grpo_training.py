@@ -40,22 +40,24 @@ One group goes through all the equations below
       2  no <end>          [2, 0, 0]    [1, 1, 0]     0       -0.5
       3  no no <end>       [2, 2, 0]    [1, 1, 1]     0       -0.5
       4  no no no          [2, 2, 2]    [1, 1, 1]     0       -0.5
-    The policy that sampled them gives the first token the probabilities [0.2, 0.4, 0.4].
-    A gradient step changes these to [0.2, 0.6, 0.2], and, for simplicity, nothing else.
+    The policy that sampled them gave the first token the probabilities
+    [0.2, 0.4, 0.4]. A gradient step has changed these to [0.2, 0.6, 0.2] and, to keep
+    it simple, no others.
 
 Run it, and what you should see (the manual is in README.md)
     python grpo_training.py
-    This fetches 2.3 GB of models from the Hugging Face Hub; then a step takes 17 seconds
-    on one core of a CPU. The two small models of grpo_tiny/ need no download and half a
-    minute in all: uncomment the line below REWARD_MODEL_NAME. (They are also used when
-    the Hub cannot be reached.) With them and seed 0:
+    This downloads 2.3 GB of models from the Hugging Face Hub. After that, a step takes
+    about 17 seconds on one core of a CPU, so that 50 steps take a quarter of an hour.
+    The two small models in grpo_tiny/ need no download and half a minute: uncomment the
+    line below REWARD_MODEL_NAME to train them. (They are also used when the Hub cannot
+    be reached.) With them, the seed 0 prints, among other lines:
 
 Try this
 
 When it goes wrong
-    The reward should rise. The loss says nothing: see grpo_loss. Read the responses, too.
-    A reward that rises while the text gets worse has a loophole. The museum of bugs,
-    tests/bugs/README.md, leads from a symptom to its cause.
+    Watch the reward, which should rise. The loss says nothing: see grpo_loss. Read the
+    responses, too: if the reward rises while they get worse, the policy has found a
+    flaw of the reward model. tests/bugs/README.md leads from a symptom to its cause.
 
 Another task
     Replace the line REWARD_FUNCTION = None by a function, and edit PROMPTS.
@@ -75,7 +77,9 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
+import functools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -85,7 +89,6 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -98,8 +101,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
-from transformers import PreTrainedModel as Model
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -108,11 +110,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 # ------------------------------------------------------------------------------------
 
 # Where it runs: a CUDA GPU or the GPU of a Mac (mps) if there is one, else the CPU.
-DEVICE = (
-    "cuda"
-    if torch.cuda.is_available()
-    else ("mps" if torch.backends.mps.is_available() else "cpu")
-)
+mps = torch.backends.mps.is_available()
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
 # The two models. Each is an id on the Hugging Face Hub or a folder beside this script.
 POLICY_MODEL_NAME = "gpt2"
 REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"
@@ -125,8 +124,9 @@ REWARD_FUNCTION = None
 # Prompts to train on, taken in turn. From a file with one prompt per line:
 # PROMPTS = Path("prompts.txt").read_text().splitlines()
 PROMPTS = ["Explain why regular exercise is important."]
-# Prompts on which the gain is measured, before and after the training.
-EVAL_PROMPTS = PROMPTS[:4]
+# Prompts on which the gain is measured, before and after the training. None takes the
+# first four of PROMPTS.
+EVAL_PROMPTS = None
 # A chat model gets the prompt in the format that it was trained on. False: as it is.
 USE_CHAT_TEMPLATE = True
 # Whether the reward sees special tokens, such as <think>, in the responses.
@@ -226,41 +226,35 @@ def completion_mask(completion_ids: Tensor, end_ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate_group(policy: nn.Module, tokenizer: Tokenizer, prompt: str, samples: int):
-    """Sample `samples` responses to the prompt: a dict with a group's texts and tensors.
+def generate_group(
+    policy: nn.Module, tokenizer: Tokenizer, prompt: str, samples: int
+) -> dict:
+    """Sample responses to a prompt, each token from pi, until all have ended.
 
-    `responses` is a list of texts without their ends; `prompt_ids` (G, P),
-    `completion_ids` and `mask` (G, L) are int64.
+    Gives a dict with the `responses` as texts, and `prompt_ids` (G, P),
+    `completion_ids` (G, L) and `mask` (G, L), int64, where G is `samples`.
     """
-    model = extract_model_from_parallel(policy)  # without the wrapper of Accelerate
-    # load_policy has put all of the model's end-of-sequence tokens there, and has put
-    # away what else a checkpoint brings, such as a top_k: it would change pi.
+    model = extract_model_from_parallel(policy)  # the model itself: see main()
+    prompt_ids = encode_prompt(tokenizer, prompt).to(model.device)  # (1, P)
+    # A checkpoint may bring settings of its own for generate(), such as a top_k. They
+    # would change the probabilities, so load_policy keeps its end-of-sequence tokens
+    # only.
     ends = model.generation_config.eos_token_id
     sampling = GenerationConfig(
         do_sample=True,
         temperature=float(TEMPERATURE),
         top_p=float(TOP_P),
-        top_k=0,  # the default of transformers would sample from the 50 most likely
+        top_k=0,  # without this, only the 50 most likely tokens would be sampled
         max_new_tokens=MAX_NEW_TOKENS,
         num_return_sequences=samples,
         eos_token_id=ends,
-        pad_token_id=ends[0],  # any token would do: the mask leaves padding out
+        pad_token_id=ends[0],  # any token would do, since the mask leaves padding out
     )
-    prompt_ids = encode_prompt(tokenizer, prompt).to(model.device)  # (1, P)
-    ids = model.generate(
-        prompt_ids,
-        attention_mask=torch.ones_like(prompt_ids),
-        generation_config=sampling,
-    )  # (G, P + L)
+    ids = model.generate(prompt_ids, generation_config=sampling)  # (G, P + L)
     completion_ids = ids[:, prompt_ids.shape[1] :]
-    end_ids = torch.tensor(ends, device=ids.device)
-    mask = completion_mask(completion_ids, end_ids)
-    is_text = (mask == 1) & ~torch.isin(completion_ids, end_ids)
-    rows = [row[text] for row, text in zip(completion_ids, is_text, strict=True)]
+    mask = completion_mask(completion_ids, torch.tensor(ends, device=ids.device))
     return {
-        "responses": tokenizer.batch_decode(
-            rows, skip_special_tokens=not KEEP_SPECIAL_TOKENS
-        ),
+        "responses": decode(tokenizer, completion_ids, mask, ends),
         "prompt_ids": prompt_ids.expand(samples, -1),
         "completion_ids": completion_ids,
         "mask": mask,
@@ -270,55 +264,6 @@ def generate_group(policy: nn.Module, tokenizer: Tokenizer, prompt: str, samples
 # ------------------------------------------------------------------------------------
 # Step 2: the reward of each response
 # ------------------------------------------------------------------------------------
-
-
-class RewardModel:
-    """A pretrained classifier with one output: its score of a response to a prompt.
-
-    Before this lesson, it was trained to score the better one of two responses higher.
-    """
-
-    def __init__(self, model: Model, tokenizer: Tokenizer, longest: int) -> None:
-        self.model, self.tokenizer, self.longest = model, tokenizer, longest
-
-    @torch.no_grad()
-    def __call__(self, prompt: str, responses: list[str]) -> Tensor:
-        """Scores (n,) float32."""
-        pads = (
-            self.tokenizer.pad_token_id,
-            self.model.config.get_text_config().pad_token_id,
-        )
-        size = 1 if None in pads else len(responses)  # without padding: one at a time
-        parts = [responses[i : i + size] for i in range(0, len(responses), size)]
-        inputs = [self.encode(prompt, part).to(self.model.device) for part in parts]
-        return torch.cat([self.model(**part).logits[:, 0].float() for part in inputs])
-
-    def encode(self, prompt: str, responses: list[str]) -> dict:
-        """Prompt and response in the form in which the model was trained to read them.
-
-        That is a conversation, if its tokenizer has a chat template, or else a pair of
-        texts with the tokenizer's special tokens between them. If it is longer than the
-        model can read, the end of the response is cut off.
-        """
-        options = {"padding": True, "return_tensors": "pt"}
-        if not self.tokenizer.chat_template:
-            return self.tokenizer(
-                [prompt] * len(responses),
-                responses,
-                truncation="only_second",
-                max_length=self.longest,
-                **options,
-            )
-        room = self.longest - len(
-            self.tokenizer(
-                chat_text(self.tokenizer, prompt, ""), add_special_tokens=False
-            ).input_ids
-        )
-        texts = [
-            chat_text(self.tokenizer, prompt, cut(self.tokenizer, text, room))
-            for text in responses
-        ]
-        return self.tokenizer(texts, add_special_tokens=False, **options)
 
 
 def score_responses(reward: Callable, prompt: str, responses: list[str]) -> Tensor:
@@ -349,9 +294,9 @@ def score_responses(reward: Callable, prompt: str, responses: list[str]) -> Tens
 #
 # Taking the same number b from all rewards changes the mean of r(o) grad ln pi(o) by
 #     -b sum_o pi(o) grad ln pi(o) = -b grad sum_o pi(o) = -b grad 1 = 0.
-# So b, the baseline, changes the gradient of one group, but not its mean over groups. A
-# b near the mean reward makes it less noisy: if all rewards are around 100, then without
-# a baseline all the responses are made more likely, good and bad.
+# So b, the baseline, changes the gradient of one group, but not the mean of many. If b
+# is near the mean reward, it makes the gradient less noisy. Without a baseline, rewards
+# that are all around 100 would make all responses more likely, good and bad ones.
 
 
 def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
@@ -482,11 +427,12 @@ def grpo_loss(
     `advantages` (G,); eps is `clip_eps`, beta is `kl_coef`. Gives a scalar.
     By hand, eps = 0.2 and beta = 0: for the first token, rho is 0.6 / 0.4 = 1.5 in
     response 1, and 0.2 / 0.4 = 0.5 in the others; for all others it is 1.
-        i = 1       min(1.5 * 1.5, 1.2 * 1.5) = 1.8         mean (1.8 + 1.5) / 2  =  1.65
-        i = 2       min(0.5 * -0.5, 0.8 * -0.5) = -0.4      mean (-0.4 - 0.5) / 2 = -0.45
-        i = 3, 4    the same, but with three tokens         mean -1.4 / 3         = -0.4667
-    -> loss = -(1.65 - 0.45 - 0.4667 - 0.4667) / 4 = -0.0667. All first tokens have been
-    pushed far enough and get no gradient; before that step, the loss was 0.
+        i     first token                            mean over its tokens
+        1     min(1.5 * 1.5, 1.2 * 1.5) = 1.8        (1.8 + 1.5) / 2 = 1.65
+        2     min(0.5 * -0.5, 0.8 * -0.5) = -0.4     (-0.4 - 0.5) / 2 = -0.45
+        3, 4  -0.4, as in 2                          (-0.4 - 2 * 0.5) / 3 = -0.4667
+    -> loss = -(1.65 - 0.45 - 2 * 0.4667) / 4 = -0.0667. Before the gradient step, it
+    was 0. Each first token has been pushed far enough and has no gradient now.
     """
     # masked_fill, since multiplying by the mask would turn an infinity into nan.
     padding = mask == 0
@@ -506,59 +452,49 @@ def grpo_loss(
 # ------------------------------------------------------------------------------------
 
 
-def train(
-    policy: nn.Module,
-    tokenizer: Tokenizer,
-    reference: Callable | None,
-    reward: Callable,
-    optimizer: torch.optim.Optimizer,
-    first_step: int = 0,
-) -> Iterator[dict]:
-    """The algorithm. Each turn of the outer loop is a step; main() prints what it yields.
+def train(policy, tokenizer, reference, reward, optimizer, first_step=0) -> Iterator:
+    """The algorithm. Each turn of the loop is one step; main() prints what it yields.
 
-    With several processes, each runs this with groups of its own; backward() takes the
-    mean of their gradients (main() has wrapped the policy so), and they stay alike.
-    `reference` gives the logits of the policy before training, or is None without KL.
+    `policy` is the model that learns, `reference` gives the logits that it had before
+    training (None without KL), and `reward` is the reward model or a REWARD_FUNCTION.
+    Several processes run this at the same time, each with groups of its own. main() has
+    wrapped their policies such that backward() gives all of them the mean of their
+    gradients, so the policies stay equal.
     """
     for step in range(first_step, NUM_STEPS):
         groups = []
         for prompt in prompts_of_step(step):
             # 1. The policy samples a group of responses.
             group = generate_group(policy, tokenizer, prompt, NUM_SAMPLES)
-            # 2. The reward model scores them.
+            # 2. The reward model scores each of them.
             group["rewards"] = score_responses(reward, prompt, group["responses"])
-            # 3. They are compared within the group.
+            # 3. They are compared within their group.
             group["advantages"] = group_advantages(group["rewards"], SCALE_BY_STD)
             groups.append(group)
-        batches = split_groups(groups)
+        batches = split_groups(groups)  # of at most MICRO_BATCH_SIZE responses each
         for _ in range(INNER_STEPS):
             for batch in batches:
-                # 4. The loss. The policy is in eval mode, without dropout: dropout would
-                # change a token's probability by factors between 0.4 and 2.4 (a
-                # random gpt2), so rho would not be 1 even in the first gradient step.
-                ids = batch["prompt_ids"], batch["completion_ids"]
-                log_probs = completion_log_probs(policy, *ids, TEMPERATURE)
-                # In the first gradient step, the policy is still the one that sampled.
-                old_log_probs = batch.setdefault("old_log_probs", log_probs.detach())
-                ref_log_probs = reference_log_probs(reference, batch)
+                # 4. The loss. The policy is in eval mode, without dropout: it must be
+                # the one that sampled. In a random gpt2, dropout changes half of the
+                # tokens' probabilities by more than 20 % (the bounds of the clip), and
+                # single ones by a factor of 3.
+                log_probs = batch_log_probs(policy, batch)
+                # Until the first gradient step, pi is still the pi_old that sampled.
+                old = batch.setdefault("old_log_probs", log_probs.detach())
+                ref = reference_log_probs(reference, batch)
+                advantages, mask = batch["advantages"], batch["mask"]
                 loss = grpo_loss(
-                    log_probs,
-                    old_log_probs,
-                    ref_log_probs,
-                    batch["advantages"],
-                    batch["mask"],
-                    CLIP_EPS,
-                    KL_COEF,
+                    log_probs, old, ref, advantages, mask, CLIP_EPS, KL_COEF
                 )
-                batch["log_probs"], batch["loss"] = log_probs.detach(), loss.detach()
-                (
-                    batch["share"] * loss
-                ).backward()  # adds to the gradients of the others
+                # backward() adds to the gradients of the batches before. The batch's
+                # share in all responses makes the sum a mean.
+                (batch["share"] * loss).backward()
+                batch |= {"log_probs": log_probs.detach(), "loss": loss.detach()}
             # 5. A gradient step.
-            grad_norm = clip_gradient(policy)
+            gradient_norm = clip_gradient(policy)
             optimizer.step()
             optimizer.zero_grad()
-        yield {"groups": groups, "batches": batches, "gradient": grad_norm}
+        yield {"groups": groups, "batches": batches, "gradient": gradient_norm}
 
 
 # ------------------------------------------------------------------------------------
@@ -568,68 +504,55 @@ def train(
 HERE = Path(__file__).resolve().parent
 TINY_MODELS = HERE / "grpo_tiny"
 DEFAULT_MODELS = {"gpt2", "OpenAssistant/reward-model-deberta-v3-large"}
-COLUMNS = {  # of the printed table: name, and format of the number
-    "step": "4d",
-    "reward": "+8.3f",
-    "std": "7.3f",
-    "best": "+8.3f",
-    "loss": "+8.3f",
-    "KL": "7.3f",
-    "entropy": "8.2f",
-    "clipped": "8.1%",
-    "length": "7.1f",
-    "cut off": "8.0%",
-    "gradient": "9.2f",
-}
+HEADER = (
+    "step  reward   std    best   loss     KL entropy clipped length cut off gradient"
+)
+ROW = (
+    "{step:4d} {reward:+7.2f} {std:5.2f} {best:+7.2f} {loss:+6.3f} {KL:6.3f} "
+    "{entropy:7.3f} {clipped:7.1%} {length:6.1f} {cut off:7.0%} {gradient:8.2f}"
+)
 
 
 def main() -> None:
-    """Train the policy for NUM_STEPS steps, compare before and after, save it."""
+    """Train the policy for NUM_STEPS steps, compare before and after, and save it."""
     check_settings()
     accelerator = start_accelerator()
     policy, tokenizer, reward = load_models()
     reference = make_reference(policy)
     if GRADIENT_CHECKPOINTING:
-        keep_no_activations(policy)
-    trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, LR, weight_decay=0.0, fused=True)
-    # With several processes, this makes backward() average their gradients.
-    wrapped, optimizer = accelerator.prepare(policy, optimizer)
-    run = resume(accelerator, optimizer) or {"rewards": [], "before": None}
+        recompute_activations(policy)
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, LR, weight_decay=0.0, fused=True)
+    # On several processes, `shared` averages gradients in backward(); it is the policy.
+    shared, optimizer = accelerator.prepare(policy, optimizer)
+    run = resume(accelerator, optimizer)
+    first_step = len(run["rewards"])
     print_header(policy, reward)
 
-    with keep_unfinished_run(
-        lambda: save_run(policy, tokenizer, run["rewards"], "_interrupted")
-    ) as stopped:
-        if run["before"] is None:
+    def save(suffix: str = "_interrupted") -> str:
+        return save_run(policy, tokenizer, run["rewards"], suffix)
+
+    with keep_unfinished_run(save) as stopped:
+        if first_step == 0:
             run["before"] = evaluate(policy, tokenizer, reward)
             set_seed(SEED, device_specific=True)  # plus the number of the process
-        first = len(run["rewards"])
-        steps = train(wrapped, tokenizer, reference, reward, optimizer, first)
-        bar = tqdm(
-            steps,
-            unit="step",
-            leave=False,
-            initial=first,
-            total=NUM_STEPS,
-            disable=hidden(),
-        )
-        say("".join(f"{name:>{width(name)}}" for name in COLUMNS))
-        for result in bar:
-            step = len(run["rewards"])
+        say(HEADER)
+        steps = train(shared, tokenizer, reference, reward, optimizer, first_step)
+        options = {"initial": first_step, "total": NUM_STEPS, "disable": hide_bar()}
+        for result in tqdm(steps, unit="step", leave=False, **options):
             metrics = measure(accelerator, result)
-            run["rewards"].append(metrics.pop("rewards"))
-            print_step(step, metrics, result["groups"])
-            accelerator.log(metrics, step=step)
-            if SAVE_EVERY and (step + 1) % SAVE_EVERY == 0:
+            print_step(len(run["rewards"]), metrics, result["groups"])
+            accelerator.log(metrics, step=len(run["rewards"]))
+            run["rewards"].append(all_rewards(accelerator, result))
+            if SAVE_EVERY and len(run["rewards"]) % SAVE_EVERY == 0:
                 save_checkpoint(accelerator, run)
             if stopped:
                 accelerator.set_trigger()
             if accelerator.check_trigger():  # in any of the processes
-                sys.exit(f"Stopped after {step + 1} of {NUM_STEPS} steps.")
+                sys.exit(f"Stopped after {len(run['rewards'])} of {NUM_STEPS} steps.")
         print_gain(run["before"], evaluate(policy, tokenizer, reward))
-        say(f"\nWritten:\n{save_run(policy, tokenizer, run['rewards'], '')}")
-        say("How to use the model: README.md, lesson 4")
+        say(f"\nWritten:\n{save('')}\nHow to use the model: README.md, lesson 4")
+        shutil.rmtree(folder_of("_checkpoint"), ignore_errors=True)  # it is not needed
     accelerator.end_training()
 
 
@@ -653,7 +576,7 @@ def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
     except BaseException as ending:
         kept = save()
         with contextlib.suppress(OSError):  # a closed terminal cannot be printed to
-            if kept:
+            if kept:  # nothing is, before the first step
                 print(f"\nThis run is kept in\n{kept}\nOlder weights are as they were.")
         if not (isinstance(ending, SystemExit) and "ipykernel" in sys.modules):
             raise
@@ -665,55 +588,38 @@ def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
 
 def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * mps
+    lists = [PROMPTS, eval_prompts()]
+    texts = all(isinstance(prompts, list) and prompts for prompts in lists) and all(
+        isinstance(text, str) and text.strip() for text in sum(lists, [])
+    )
+    steps = NUM_STEPS, PROMPTS_PER_STEP, INNER_STEPS, MICRO_BATCH_SIZE, REPORT_EVERY
+    suffixes = ["", "_interrupted"] + ["_checkpoint"] * bool(SAVE_EVERY)
+    bundled = folder_of("").resolve().is_relative_to(TINY_MODELS)
     split = {os.getenv(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
-    folders = [folder_of("")] + [folder_of("_interrupted")] + [folder_of("_checkpoint")]
-    devices = {"cpu": True, "cuda": torch.cuda.is_available()}
-    devices["mps"] = torch.backends.mps.is_available()
     rules = {
-        "DEVICE must be cpu, or cuda or mps with such a GPU": devices.get(
-            DEVICE, False
-        ),
+        f"DEVICE must be {' or '.join(devices)}": DEVICE in devices,
         "MIXED_PRECISION must be no or bf16": MIXED_PRECISION in ("no", "bf16"),
-        "PROMPTS and EVAL_PROMPTS must be lists of texts that are not blank": all(
-            isinstance(texts, list)
-            and texts
-            and all(isinstance(text, str) and text.strip() for text in texts)
-            for texts in (PROMPTS, EVAL_PROMPTS)
-        ),
+        "PROMPTS, EVAL_PROMPTS must be lists of texts that are not blank": texts,
         "SEED must be from 0 to 499,999": 0 <= SEED < 500_000,
-        "NUM_SAMPLES and EVAL_SAMPLES must be at least 2": min(
-            NUM_SAMPLES, EVAL_SAMPLES
-        )
-        >= 2,
-        "NUM_STEPS, PROMPTS_PER_STEP, MAX_NEW_TOKENS, INNER_STEPS, MICRO_BATCH_SIZE and "
-        "REPORT_EVERY must be at least 1": all(
-            n >= 1
-            for n in (
-                NUM_STEPS,
-                PROMPTS_PER_STEP,
-                MAX_NEW_TOKENS,
-                INNER_STEPS,
-                MICRO_BATCH_SIZE,
-                REPORT_EVERY,
-            )
-        ),
-        "LR, TOP_P and CLIP_EPS must be above 0 and at most 1": all(
+        "NUM_SAMPLES, EVAL_SAMPLES must be at least 2": NUM_SAMPLES > 1 < EVAL_SAMPLES,
+        "NUM_STEPS, PROMPTS_PER_STEP, INNER_STEPS, MICRO_BATCH_SIZE, MAX_NEW_TOKENS, "
+        "REPORT_EVERY must be at least 1": min(*steps, MAX_NEW_TOKENS) >= 1,
+        "LR, TOP_P, CLIP_EPS must be above 0 and at most 1": all(
             0 < value <= 1 for value in (LR, TOP_P, CLIP_EPS)
         ),
-        "TEMPERATURE and MAX_GRAD_NORM must be above 0": TEMPERATURE > 0
-        and MAX_GRAD_NORM > 0,
-        "KL_COEF, LORA_RANK and SAVE_EVERY must be 0 or more": KL_COEF >= 0
-        and LORA_RANK >= 0
-        and SAVE_EVERY >= 0,
-        "LORA_RANK needs the package peft": not LORA_RANK or find_spec("peft"),
-        "SAVE_DIR must be a folder that can be written, with no files in it but those of "
-        f"an earlier run, and so must {SAVE_DIR}_interrupted": not folders[0]
-        .resolve()
-        .is_relative_to(TINY_MODELS)
-        and all(map(is_ours, folders[: 3 if SAVE_EVERY else 2])),
-        "USE_WANDB needs the package wandb (pip install wandb)": not USE_WANDB
+        "TEMPERATURE, MAX_GRAD_NORM must be above 0": TEMPERATURE > 0 < MAX_GRAD_NORM,
+        "KL_COEF, LORA_RANK, SAVE_EVERY must be at least 0": all(
+            value >= 0 for value in (KL_COEF, LORA_RANK, SAVE_EVERY)
+        ),
+        "LORA_RANK must be 0 without the package peft": not LORA_RANK
+        or find_spec("peft"),
+        "SAVE_DIR must be a folder outside grpo_tiny/ that can be written to and holds "
+        f"nothing but an earlier run, and {SAVE_DIR}_interrupted as well": not bundled
+        and all(is_ours(folder_of(suffix)) for suffix in suffixes),
+        "USE_WANDB must be False, or pip install wandb": not USE_WANDB
         or find_spec("wandb"),
-        "FSDP and DeepSpeed must be off, as the model is needed whole": "true"
+        "FSDP, DeepSpeed must be off, since the model is needed whole": "true"
         not in split,
     }
     broken = [rule for rule, holds in rules.items() if not holds]
@@ -721,264 +627,71 @@ def check_settings() -> None:
         sys.exit(f"Settings: {'; '.join(broken)}.")
 
 
+def eval_prompts() -> list[str]:
+    """The prompts on which the gain is measured."""
+    return PROMPTS[:4] if EVAL_PROMPTS is None else EVAL_PROMPTS
+
+
 def folder_of(suffix: str) -> Path:
     """SAVE_DIR, or a folder beside it."""
     return HERE / f"{Path(SAVE_DIR)}{suffix}"
 
 
+def files_of(folder: Path) -> set[str]:
+    """The names of what earlier runs wrote into a folder: see save_run."""
+    log, ours = folder / "training_log.json", {"unfinished.tmp", "replaced.tmp"}
+    written = json.loads(log.read_text())["files"] if log.exists() else []
+    return {*written, *ours, "checkpoint", "older_checkpoint"}
+
+
 def is_ours(folder: Path) -> bool:
-    """Whether the folder can be written to and holds only what an earlier run wrote."""
-    if os.getenv("RANK", "0") != "0":  # another of several processes looks
+    """Whether the folder can be written to, and holds only what earlier runs wrote."""
+    if os.getenv("RANK", "0") != "0":  # another one of several processes looks
         return True
     try:
-        made = not folder.exists()
+        is_new = not folder.exists()
         folder.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # the only sure way to know
-        names = {path.name for path in folder.iterdir() if path.name[0] != "."}
-        if made:
+        tempfile.TemporaryFile(dir=folder).close()  # the only sure way to find out
+        names = {name for name in os.listdir(folder) if not name.startswith(".")}
+        if is_new:
             folder.rmdir()
-    except OSError:
+        return names <= files_of(folder)
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ):  # the last three: another's log
         return False
-    return names <= {*files_of(folder), *TEMPORARY}
 
 
 def start_accelerator() -> Accelerator:
     """Join the other processes, if this is one of several, and choose the device."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    if hasattr(sys.stdout, "reconfigure"):  # that of a notebook has not
         sys.stdout.reconfigure(errors="replace")  # no odd character may end a training
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    tracker = "wandb" if USE_WANDB else None
+    cpu = DEVICE == "cpu"
     accelerator = Accelerator(
-        cpu=DEVICE == "cpu",
-        mixed_precision=MIXED_PRECISION,
-        log_with="wandb" if USE_WANDB else None,
+        cpu=cpu, mixed_precision=MIXED_PRECISION, log_with=tracker
     )
     accelerator.init_trackers("grpo_training")
     return accelerator
 
 
-def one_line(problem: object) -> str:
-    """The text of an error without its line breaks, and not too long."""
-    return textwrap.shorten(str(problem), 300) or type(problem).__name__
-
-
-def find_model(name: str) -> str | None:
-    """The model's folder here or in the cache, or its id on the Hub; None: neither."""
-    folder, errors = HERE / Path(name).expanduser(), huggingface_hub.errors
-    if folder.is_dir():
-        return str(folder)
+@contextlib.contextmanager
+def one_line_about(name: object) -> Iterator[None]:
+    """Whatever goes wrong inside ends the program with one line that begins so."""
     try:
-        huggingface_hub.model_info(name, timeout=5)  # seconds
-        return name
-    except errors.HFValidationError:
-        return name  # from_pretrained will say what is wrong
-    except errors.HfHubHTTPError as problem:
-        status = getattr(problem.response, "status_code", 404)
-        if status != 429 and status < 500:
-            return name
-    except Exception:  # there are many ways not to get there
-        pass
-    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    return str(Path(cached).parent) if isinstance(cached, str) else None
+        yield
+    except Exception as problem:  # there are many ways for a model to be broken
+        reason = textwrap.shorten(str(problem), 400) or type(problem).__name__
+        sys.exit(f"{name}: {reason}")
 
 
-def load_model(kind: type, name: str) -> tuple[Model, Tokenizer]:
-    """A model in float32, and its tokenizer; one line if either is not complete."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        options = {"dtype": torch.float32, "output_loading_info": True}
-        model, loading = kind.from_pretrained(name, **options)
-    except Exception as problem:  # there are many ways to be broken
-        sys.exit(f"{name} cannot be loaded: {one_line(problem)}")
-    # transformers would fill what is missing with random numbers.
-    if loading["missing_keys"] or len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
-        missing = ", ".join(sorted(loading["missing_keys"])) or "its tokenizer"
-        sys.exit(
-            one_line(f"{name} is no complete {kind.__name__}, it lacks {missing}.")
-        )
-    inside = f"{model.base_model_prefix}."
-    heads = [
-        k
-        for k in loading["unexpected_keys"]
-        if k.endswith(".weight") and not k.startswith(inside)
-    ]
-    if heads and kind is transformers.AutoModelForCausalLM:  # a classifier, for example
-        sys.exit(
-            one_line(f"{name} is another kind of model, it has {', '.join(heads)}.")
-        )
-    return model.eval().to(DEVICE), tokenizer
-
-
-def load_policy(name: str) -> tuple[Model, Tokenizer]:
-    """The policy, ready to sample: its generation settings are its end tokens only."""
-    kind = transformers.AutoModelForCausalLM
-    if transformers.utils.find_adapter_config_file(name):
-        policy, tokenizer = merge_adapter(name)
-    else:
-        config = load_config(name)
-        if config.is_encoder_decoder:
-            sys.exit(f"{name} is an encoder-decoder, which cannot be a policy.")
-        if hasattr(config, "quantization_config"):
-            sys.exit(f"{name} is quantised and cannot be trained: take the original.")
-        policy, tokenizer = load_model(kind, name)
-    ends = end_tokens(policy, tokenizer)
-    if not ends:
-        sys.exit(f"{name} has no end-of-sequence token, so its responses never end.")
-    policy.shipped_generation_config = (
-        policy.generation_config
-    )  # saved again at the end
-    policy.generation_config = GenerationConfig(eos_token_id=ends)
-    check_policy(policy, tokenizer, name)
-    return policy, tokenizer
-
-
-def load_config(name: str) -> transformers.PretrainedConfig:
-    """The model's configuration, or one line."""
-    try:
-        return transformers.AutoConfig.from_pretrained(name)
-    except Exception as problem:
-        sys.exit(f"{name} cannot be loaded: {one_line(problem)}")
-
-
-def merge_adapter(name: str) -> tuple[Model, Tokenizer]:
-    """A folder of the package peft: its base model with the adapter merged into it."""
-    from peft import PeftConfig, PeftModel
-
-    try:
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-        policy, tokenizer = load_model(
-            transformers.AutoModelForCausalLM, find_model(base)
-        )
-        if Path(name, "tokenizer_config.json").exists():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if len(tokenizer) > policy.get_input_embeddings().num_embeddings:
-            policy.resize_token_embeddings(len(tokenizer))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            policy = PeftModel.from_pretrained(policy, name).merge_and_unload()
-    except Exception as problem:
-        sys.exit(f"The adapter {name} cannot be loaded: {one_line(problem)}")
-    return policy.eval(), tokenizer
-
-
-def end_tokens(policy: Model, tokenizer: Tokenizer) -> list[int]:
-    """All tokens that end a response, by the model, tokenizer and chat template."""
-    own = policy.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    if tokenizer.chat_template:  # the token with which it closes an assistant's turn
-        with contextlib.suppress(Exception):  # encode_prompt will say what is wrong
-            closing = chat_text(tokenizer, "Question", "Answer").rpartition("Answer")[2]
-            ids = tokenizer(closing.strip(), add_special_tokens=False).input_ids
-            if len(ids) == 1 or ids[0] in tokenizer.added_tokens_decoder:
-                ends.add(ids[0])
-    size = policy.get_input_embeddings().num_embeddings
-    return sorted(end for end in ends - {None} if end < size)
-
-
-def chat_text(tokenizer: Tokenizer, prompt: str, response: str) -> str:
-    """A conversation of two turns in the model's own format."""
-    turns = {"user": prompt, "assistant": response}
-    chat = [{"role": role, "content": text} for role, text in turns.items()]
-    return tokenizer.apply_chat_template(chat, tokenize=False)
-
-
-def cut(tokenizer: Tokenizer, text: str, longest: int) -> str:
-    """The text, without its end if it has more than `longest` tokens."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return text if len(ids) <= longest else tokenizer.decode(ids[: max(0, longest)])
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """The prompt as token ids (1, P), with a chat model's special tokens around it."""
-    if USE_CHAT_TEMPLATE and tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).input_ids
-    text = tokenizer(prompt, add_special_tokens=False).input_ids
-    ids = tokenizer(prompt).input_ids
-    starts = [i for i in range(len(ids)) if ids[i : i + len(text)] == text]
-    # What the tokenizer puts before a text, unless the prompt has it already; what it
-    # puts behind one would end the text before the response begins.
-    before = ids[: starts[0]] if starts else []
-    return torch.tensor([text if text[: len(before)] == before else before + text])
-
-
-def context_length(config: transformers.PretrainedConfig) -> int:
-    """The number of tokens that a model can read at once."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-    return longest if longest > 0 else 10**9
-
-
-def check_policy(policy: Model, tokenizer: Tokenizer, name: str) -> None:
-    """Stop unless the probabilities that are trained are those that it samples from."""
-    try:
-        prompts = [
-            encode_prompt(tokenizer, prompt) for prompt in PROMPTS + EVAL_PROMPTS
-        ]
-    except Exception as problem:
-        sys.exit(
-            f"{name} cannot read the prompt in its chat template: {one_line(problem)}"
-        )
-    longest = context_length(policy.config)
-    if max(ids.shape[1] for ids in prompts) + MAX_NEW_TOKENS > longest:
-        sys.exit(
-            f"A prompt and MAX_NEW_TOKENS are together longer than the {longest} tokens of {name}."
-        )
-    if (
-        max(ids.max() for ids in prompts)
-        >= policy.get_input_embeddings().num_embeddings
-    ):
-        sys.exit(
-            f"{name} does not know all tokens of its tokenizer, which the prompts contain."
-        )
-    ids = prompts[0].to(policy.device)
-    sampling = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=8,
-        min_new_tokens=8,
-        output_logits=True,
-        return_dict_in_generate=True,
-        pad_token_id=0,
-    )
-    try:
-        sampled = policy.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=sampling
-        )
-        completion = sampled.sequences[:, ids.shape[1] :]
-        logits = torch.stack(sampled.logits, 1).float()
-        expected = logits.log_softmax(2).gather(2, completion.unsqueeze(2)).squeeze(2)
-        with torch.no_grad():
-            error = (
-                (completion_log_probs(policy, ids, completion, 1.0) - expected)
-                .abs()
-                .max()
-            )
-    except Exception as problem:
-        sys.exit(f"{name} cannot be a policy: {one_line(problem)}")
-    if not error < 1e-3:
-        sys.exit(
-            f"{name} cannot be a policy: a token's probability changes with the tokens after it."
-        )
-
-
-def load_reward_model(name: str) -> RewardModel:
-    """The reward model; one line if it is not one."""
-    model, tokenizer = load_model(transformers.AutoModelForSequenceClassification, name)
-    if model.num_labels != 1:
-        sys.exit(f"{name} has {model.num_labels} outputs, not 1 score.")
-    # A decoder reads its score at the last token that is no padding, and most models
-    # number positions from the left: the padding must stand on the right.
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    config = model.config.get_text_config()
-    if config.pad_token_id is not None and tokenizer.pad_token_id is not None:
-        config.pad_token_id = tokenizer.pad_token_id
-    longest = min(context_length(model.config), tokenizer.model_max_length)
-    return RewardModel(model, tokenizer, longest)
-
-
-def load_models() -> tuple[Model, Tokenizer, Callable]:
+def load_models() -> tuple[nn.Module, Tokenizer, Callable]:
     """Policy, its tokenizer, and the reward: those of the Settings or of grpo_tiny/."""
     names = [POLICY_MODEL_NAME, REWARD_MODEL_NAME][: 1 if REWARD_FUNCTION else 2]
     found = [find_model(name) for name in names]
@@ -990,81 +703,315 @@ def load_models() -> tuple[Model, Tokenizer, Callable]:
         say(f"{line}:\nfalling back to the models in grpo_tiny/.")
         found = [str(TINY_MODELS / "policy"), str(TINY_MODELS / "reward")]
     policy, tokenizer = load_policy(found[0])
-    policy = add_lora(policy) if LORA_RANK else policy
-    return policy, tokenizer, REWARD_FUNCTION or load_reward_model(found[1])
+    if REWARD_FUNCTION is not None:
+        return policy, tokenizer, REWARD_FUNCTION
+    model, reader = load_model(
+        transformers.AutoModelForSequenceClassification, found[1]
+    )
+    if model.num_labels != 1:
+        sys.exit(f"{found[1]}: it has {model.num_labels} outputs, not 1 score")
+    return policy, tokenizer, RewardModel(model, reader)
 
 
-def add_lora(policy: Model) -> nn.Module:
-    """The policy with frozen weights and thin trainable matrices beside them."""
+def find_model(name: str) -> str | None:
+    """The model's folder here or in the cache, or its id on the Hub; None: neither."""
+    folder = HERE / Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    try:
+        huggingface_hub.model_info(name, timeout=5)  # seconds
+        return name
+    except huggingface_hub.errors.HFValidationError:
+        return name  # from_pretrained will say what is wrong
+    except Exception as problem:  # it did not answer, refused, or is overloaded
+        status = getattr(getattr(problem, "response", None), "status_code", 404)
+        answered = isinstance(problem, huggingface_hub.errors.HfHubHTTPError)
+        if answered and status != 429 and status < 500:
+            return name
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    return str(Path(cached).parent) if isinstance(cached, str) else None
+
+
+def load_model(kind: type, name: str) -> tuple[PreTrainedModel, Tokenizer]:
+    """A model in float32, without dropout, and its tokenizer, both complete."""
+    with one_line_about(name):
+        base, adapter = name, transformers.utils.find_adapter_config_file(name)
+        if adapter:  # a folder that the package peft has written
+            base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+            base = find_model(base) or base
+        words = name if Path(name, "tokenizer_config.json").exists() else base
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words)
+        config, is_policy = (
+            transformers.AutoConfig.from_pretrained(base),
+            "Causal" in str(kind),
+        )
+        if is_policy and config.is_encoder_decoder:
+            raise ValueError("an encoder-decoder cannot be a policy")
+        if is_policy and hasattr(config, "quantization_config"):
+            raise ValueError("a quantised model cannot be trained; name the original")
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        model, loading = kind.from_pretrained(base, **options)
+        missing = sorted(loading["missing_keys"])  # they would be random numbers
+        if missing or len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
+            missing = ", ".join(missing) or "its tokenizer"
+            raise ValueError(f"it is no complete {kind.__name__}, it lacks {missing}")
+        inside = f"{model.base_model_prefix}."
+        unused = [key for key in loading["unexpected_keys"] if key.endswith(".weight")]
+        unused = [key for key in unused if not key.startswith(inside)]
+        if is_policy and unused:  # the head of a classifier, for example
+            raise ValueError(f"it is another kind of model, it has {', '.join(unused)}")
+        if adapter:
+            model = merge_adapter(model, tokenizer, name)
+    return model.eval().to(DEVICE), tokenizer  # eval() switches dropout off, no more
+
+
+def merge_adapter(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> nn.Module:
+    """The model with the weights of an adapter of the package peft added to its own."""
+    from peft import PeftModel
+
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(model, name).merge_and_unload()
+
+
+def load_policy(name: str) -> tuple[nn.Module, Tokenizer]:
+    """The policy and its tokenizer. What it brings for generate() is put away."""
+    policy, tokenizer = load_model(transformers.AutoModelForCausalLM, name)
+    with one_line_about(name):
+        ends = end_tokens(policy, tokenizer)
+        policy.shipped_generation_config = policy.generation_config  # for save_run
+        policy.generation_config = GenerationConfig(eos_token_id=ends)
+        check_policy(policy, tokenizer)
+    if not LORA_RANK:
+        return policy, tokenizer
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    layers = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*fan_in_fan_out")  # peft sets it by itself
-        return get_peft_model(policy, lora)
+        warnings.simplefilter("ignore")  # peft sets right itself what it warns about
+        return get_peft_model(policy, LoraConfig(r=LORA_RANK, **layers)), tokenizer
+
+
+def end_tokens(policy: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
+    """All end-of-sequence tokens: of the model, its tokenizer and its chat template."""
+    own = policy.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    if tokenizer.chat_template:
+        with contextlib.suppress(Exception):  # check_policy will say what is wrong
+            text = chat_text(
+                tokenizer, "Question", "Answer"
+            )  # and what closes the turn
+            ids = encode(tokenizer, text.rpartition("Answer")[2].strip())
+            if len(ids) == 1 or ids[0] in tokenizer.added_tokens_decoder:
+                ends.add(ids[0])
+    known = policy.get_input_embeddings().num_embeddings
+    ends = sorted(end for end in ends - {None} if end < known)
+    if not ends:
+        raise ValueError("it has no end-of-sequence token, so no response would end")
+    return ends
+
+
+def chat_text(tokenizer: Tokenizer, prompt: str, response: str | None) -> str:
+    """A conversation in the format of the chat template; None: the response is next."""
+    chat = [{"role": "user", "content": prompt}]
+    if response is not None:
+        chat.append({"role": "assistant", "content": response})
+    next_turn = {"add_generation_prompt": response is None}
+    return tokenizer.apply_chat_template(chat, tokenize=False, **next_turn)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text, without the special tokens that a tokenizer adds."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
+    """The prompt as token ids (1, P), in the format of a chat model if it is one."""
+    if USE_CHAT_TEMPLATE and tokenizer.chat_template:
+        return torch.tensor([encode(tokenizer, chat_text(tokenizer, prompt, None))])
+    text, ids = encode(tokenizer, prompt), tokenizer(prompt).input_ids
+    # The tokenizer may put a special token before the text, which a prompt that is
+    # formatted already has. One that it puts behind the text would end the response.
+    starts = [i for i in range(len(ids)) if ids[i : i + len(text)] == text]
+    before = ids[: starts[0]] if starts else []
+    return torch.tensor([text if text[: len(before)] == before else before + text])
+
+
+def decode(
+    tokenizer: Tokenizer, completion_ids: Tensor, mask: Tensor, ends: list
+) -> list:
+    """The texts of the responses, without their ends and what stands behind them."""
+    rows = [
+        ids[: m.sum()].tolist() for ids, m in zip(completion_ids, mask, strict=True)
+    ]
+    rows = [row[:-1] if row[-1] in ends else row for row in rows]
+    return tokenizer.batch_decode(rows, skip_special_tokens=not KEEP_SPECIAL_TOKENS)
+
+
+def context_length(config: transformers.PretrainedConfig) -> int:
+    """The number of tokens that a model can read at once."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return longest if longest > 0 else 10**9
+
+
+def check_policy(policy: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Refuse a policy that cannot read the prompts, or trains other than it samples."""
+    prompts = [encode_prompt(tokenizer, text) for text in PROMPTS + eval_prompts()]
+    longest, size = context_length(policy.config), max(ids.shape[1] for ids in prompts)
+    if size + MAX_NEW_TOKENS > longest:
+        raise ValueError(
+            f"it reads {longest} tokens; prompt and MAX_NEW_TOKENS are more"
+        )
+    if (
+        max(ids.max() for ids in prompts)
+        >= policy.get_input_embeddings().num_embeddings
+    ):
+        raise ValueError(
+            "a prompt has a token that its tokenizer knows, but it does not"
+        )
+    ids, limits = (
+        prompts[0].to(policy.device),
+        {"max_new_tokens": 8, "min_new_tokens": 8},
+    )
+    sampling = GenerationConfig(do_sample=True, top_k=0, **limits)
+    show = {"output_logits": True, "return_dict_in_generate": True}
+    sampled = policy.generate(ids, generation_config=sampling, **show)
+    completion_ids = sampled.sequences[:, ids.shape[1] :]
+    log_probs = torch.stack(sampled.logits, 1).float().log_softmax(2)  # (1, 8, V)
+    log_probs = log_probs.gather(2, completion_ids.unsqueeze(2)).squeeze(2)
+    with torch.no_grad():
+        trained = completion_log_probs(policy, ids, completion_ids, 1.0)
+    if not (trained - log_probs).abs().max() < 1e-3:
+        raise ValueError("the probability of its tokens depends on tokens after them")
+
+
+class RewardModel:
+    """A classifier with one output: its score of a response to a prompt."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        config = model.config.get_text_config()
+        # With padding on the right, every token keeps its position. A decoder takes its
+        # score from the last token that is no padding, so it must know that token. If
+        # it knows none, it gets one text at a time.
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        self.pads = None not in (tokenizer.pad_token_id, config.pad_token_id)
+        if self.pads:
+            config.pad_token_id = tokenizer.pad_token_id
+        self.longest = min(context_length(config), tokenizer.model_max_length)
+        self.cut_prompts = set()
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, responses: list[str]) -> Tensor:
+        """Scores (n,) float32."""
+        prompt = self.shorten(prompt)
+        size = len(responses) if self.pads else 1
+        parts = [responses[i : i + size] for i in range(0, len(responses), size)]
+        inputs = [self.read(prompt, part).to(self.model.device) for part in parts]
+        return torch.cat([self.model(**part).logits[:, 0].float() for part in inputs])
+
+    def shorten(self, prompt: str) -> str:
+        """The prompt, without its end if it leaves no room for a response."""
+        room = max(self.longest // 2, self.longest - MAX_NEW_TOKENS - 16)
+        short = self.cut(prompt, room)
+        if short != prompt and prompt not in self.cut_prompts:
+            self.cut_prompts.add(prompt)
+            say(f"The reward model reads only the first {room} tokens of a prompt.")
+        return short
+
+    def cut(self, text: str, longest: int) -> str:
+        """The text without its end, if it is longer than that many tokens."""
+        ids = encode(self.tokenizer, text)
+        return (
+            text
+            if len(ids) <= longest
+            else self.tokenizer.decode(ids[: max(0, longest)])
+        )
+
+    def read(self, prompt: str, responses: list[str]) -> dict:
+        """Prompt and response as the model was trained to read them, as token ids.
+
+        A tokenizer with a chat template makes a conversation of them, any other a pair
+        with special tokens between the two. What is too long loses its end.
+        """
+        tokenizer, options = (
+            self.tokenizer,
+            {"padding": self.pads, "return_tensors": "pt"},
+        )
+        if not tokenizer.chat_template:
+            options |= {"truncation": "only_second", "max_length": self.longest}
+            return tokenizer([prompt] * len(responses), responses, **options)
+        room = self.longest - len(encode(tokenizer, chat_text(tokenizer, prompt, "")))
+        texts = [
+            chat_text(tokenizer, prompt, self.cut(text, room)) for text in responses
+        ]
+        return tokenizer(texts, add_special_tokens=False, **options)
 
 
 def make_reference(policy: nn.Module) -> Callable | None:
     """What gives the logits of the policy before training; None without KL."""
-    if KL_COEF == 0:
-        return None
-    if not LORA_RANK:
-        return copy.deepcopy(policy)
+    if KL_COEF == 0 or not LORA_RANK:
+        return copy.deepcopy(policy) if KL_COEF else None
 
     def reference(*inputs: object, **options: object) -> object:
-        with policy.disable_adapter():  # no second copy in memory
+        with policy.disable_adapter():  # which needs no second copy
             return policy(*inputs, **options)
 
     return reference
 
 
-def keep_no_activations(policy: nn.Module) -> None:
-    """Let the backward pass compute each layer's activations again.
+def recompute_activations(policy: nn.Module) -> None:
+    """Let backward() compute the activations of a layer again, instead of keeping them.
 
-    transformers' own switch for this works in training mode only, where dropout acts.
+    The switch of transformers for this needs train mode, in which dropout acts.
     """
     layers = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        sys.exit("Settings: GRADIENT_CHECKPOINTING must be False for this policy.")
+        sys.exit("Settings: GRADIENT_CHECKPOINTING must be False with this policy.")
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False
+        )
 
 
 def prompts_of_step(step: int) -> list[str]:
-    """The prompts of this process's groups: PROMPTS in turn, over all processes."""
+    """PROMPTS in turn, those for this process."""
     state = PartialState()
     first = (step * state.num_processes + state.process_index) * PROMPTS_PER_STEP
     return [PROMPTS[i % len(PROMPTS)] for i in range(first, first + PROMPTS_PER_STEP)]
 
 
 def split_groups(groups: list[dict]) -> list[dict]:
-    """Batches of at most MICRO_BATCH_SIZE responses, all of one group.
+    """Batches of at most MICRO_BATCH_SIZE responses, all of the same group.
 
-    `share` is what a batch counts in the mean over all responses of all groups.
+    `share` is the share of a batch in the responses of all groups.
     """
-    names = "prompt_ids", "completion_ids", "mask", "advantages"
-    batches = []
+    names, batches = ("prompt_ids", "completion_ids", "mask", "advantages"), []
     for group in groups:
-        parts = zip(
-            *(group[name].split(MICRO_BATCH_SIZE) for name in names), strict=True
-        )
-        batches += [dict(zip(names, part, strict=True)) for part in parts]
-    for batch in batches:
-        batch["share"] = len(batch["mask"]) / (len(groups) * NUM_SAMPLES)
+        for rows in torch.arange(NUM_SAMPLES).split(MICRO_BATCH_SIZE):
+            share = {"share": len(rows) / (len(groups) * NUM_SAMPLES)}
+            batches.append({name: group[name][rows] for name in names} | share)
     return batches
+
+
+def batch_log_probs(model: Callable, batch: dict) -> Tensor:
+    """Log-probabilities (n, L) of the responses in a batch."""
+    ids = batch["prompt_ids"], batch["completion_ids"]
+    return completion_log_probs(model, *ids, TEMPERATURE)
 
 
 @torch.no_grad()
 def reference_log_probs(reference: Callable | None, batch: dict) -> Tensor | None:
     """Log-probabilities (n, L) by the reference policy, computed once per batch."""
     if reference is not None and "ref_log_probs" not in batch:
-        ids = batch["prompt_ids"], batch["completion_ids"]
-        batch["ref_log_probs"] = completion_log_probs(reference, *ids, TEMPERATURE)
+        batch["ref_log_probs"] = batch_log_probs(reference, batch)
     return batch.get("ref_log_probs")
 
 
 def clip_gradient(policy: nn.Module) -> Tensor:
-    """Scale the gradient down to MAX_GRAD_NORM; gives its norm before that."""
+    """Scale the gradient down to the norm MAX_GRAD_NORM. Gives the norm before that."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
     if not norm.isfinite():
         sys.exit("The loss is not a finite number; the policy was left as it was.")
@@ -1073,184 +1020,158 @@ def clip_gradient(policy: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def diagnose(batch: dict) -> dict[str, Tensor]:
-    """What to watch, for each response of a batch: (n,) each.
+    """What to watch. Each is a mean over the responses of a batch.
 
-    KL          k3, the distance from the reference: 0 to 0.1 is near, 1 is far
-    entropy     -ln pi, how undecided the policy is, in nats per token (the unit of ln).
-                Near 0, one response is left. With TOP_P < 1 it is a little too low, as
-                unlikely tokens are never sampled
-    clipped     the share of tokens that the clip pushes no further
-    length      in tokens, the end-of-sequence token included
-    cut off     whether it is MAX_NEW_TOKENS long
+    * KL: k3, the distance from the reference; 0 to 0.1 is near, 1 is far.
+    * entropy: -ln pi, how undecided the policy is, in nats (the unit of ln) per token.
+      Near 0, only one response is left. With TOP_P < 1, the figure is a little too low,
+      as the least likely tokens are missing.
+    * clipped: the share of tokens that the clip pushes no further.
+    * length: in tokens, with the end. cut off: the share with MAX_NEW_TOKENS of them.
     """
-    mask, log_probs = batch["mask"], batch["log_probs"]
+    log_probs, mask = batch["log_probs"], batch["mask"]
     kl = kl_estimate(log_probs, batch.get("ref_log_probs", log_probs))
     moved = (log_probs - batch["old_log_probs"]).exp() - 1
     # rho above 1 + eps where A > 0, below 1 - eps where A < 0
     clipped = moved * batch["advantages"].sign().unsqueeze(1) > CLIP_EPS
-    length = mask.sum(1).float()
-    per_token = {"KL": kl, "entropy": -log_probs, "clipped": clipped.float()}
-    means = {
-        name: value.masked_fill(mask == 0, 0.0).sum(1) / length
-        for name, value in per_token.items()
+    length = mask.sum(1)
+    found = {"KL": kl, "entropy": -log_probs, "clipped": clipped}
+    for name, value in found.items():
+        found[name] = (value.masked_fill(mask == 0, 0).sum(1) / length).mean()
+    found |= {"length": length.float().mean(), "loss": batch["loss"]}
+    return found | {"cut off": (length == MAX_NEW_TOKENS).float().mean()}
+
+
+def all_rewards(accelerator: Accelerator, result: dict) -> Tensor:
+    """The rewards (groups, G) of a step, of all processes."""
+    return accelerator.gather(torch.stack([g["rewards"] for g in result["groups"]]))
+
+
+def measure(accelerator: Accelerator, result: dict) -> dict[str, float]:
+    """The metrics of a step, as means over the responses of all processes."""
+    found = {"gradient": result["gradient"]}
+    for batch in result["batches"]:
+        for name, value in diagnose(batch).items():
+            found[name] = found.get(name, 0) + batch["share"] * value
+    found = accelerator.reduce(found, "mean")
+    rewards = all_rewards(accelerator, result)
+    found |= {
+        "reward": rewards.mean(),
+        "std": rewards.std(1).mean(),
+        "best": rewards.max(),
     }
-    cut_off = (length == MAX_NEW_TOKENS).float()
-    return means | {"length": length, "cut off": cut_off}
+    return {name: value.item() for name, value in found.items()}
 
 
-def measure(accelerator: Accelerator, result: dict) -> dict:
-    """The metrics of a step: means over the responses of all the processes."""
-    rewards = torch.stack([group["rewards"] for group in result["groups"]])
-    rewards = accelerator.gather(rewards)  # (groups of all processes, G)
-    found = [diagnose(batch) for batch in result["batches"]]
-    metrics = {
-        name: torch.cat([metric[name] for metric in found]).mean() for name in found[0]
-    }
-    losses = [batch["share"] * batch["loss"] for batch in result["batches"]]
-    metrics |= {"loss": torch.stack(losses).sum(), "gradient": result["gradient"]}
-    metrics = accelerator.reduce(metrics, "mean")
-    metrics |= {"reward": rewards.mean(), "std": rewards.std(1).mean()}
-    metrics |= {"best": rewards.max()}
-    metrics = {name: value.item() + 0.0 for name, value in metrics.items()}
-    return metrics | {"rewards": rewards.flatten().tolist()}
-
-
-def evaluate(policy: nn.Module, tokenizer: Tokenizer, reward: Callable) -> tuple:
-    """Rewards of fresh responses to EVAL_PROMPTS, and the first two of them as texts."""
-    state = PartialState()
+def evaluate(policy: nn.Module, tokenizer: Tokenizer, reward: Callable) -> dict:
+    """Rewards of fresh responses to EVAL_PROMPTS by all processes, and two texts."""
     set_seed(HELD_OUT_SEED, device_specific=True)  # plus the number of the process
-    share = -(-EVAL_SAMPLES // state.num_processes)
-    rewards, texts = [], []
-    for prompt in EVAL_PROMPTS:
-        responses = generate_group(policy, tokenizer, prompt, share)["responses"]
+    samples, rewards, texts = -(-EVAL_SAMPLES // PartialState().num_processes), [], []
+    for prompt in eval_prompts():
+        responses = generate_group(policy, tokenizer, prompt, samples)["responses"]
         rewards += score_responses(reward, prompt, responses).tolist()
         texts += responses[:2]
-    return gather_object(rewards), texts[:2]
+    return {"rewards": gather_object(rewards), "texts": texts[:2]}
 
 
-# ------------------------------------------------------------------------------------
+def say(text: str) -> None:
+    """Print above the progress bar, and in only one of several processes."""
+    if PartialState().is_main_process and sys.stdout is not None:
+        tqdm.write(text)
 
 
-def hidden() -> bool:
-    """Whether a progress bar would only fill a file with its steps."""
+def hide_bar() -> bool:
+    """Whether a progress bar would only fill a file."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
     shown = terminal or "ipykernel" in sys.modules
     return not (shown and PartialState().is_main_process)
 
 
-def say(text: str) -> None:
-    """Print, above the progress bar, and in one of several processes only."""
-    if PartialState().is_main_process and sys.stdout is not None:
-        tqdm.write(text)
-
-
-def width(name: str) -> int:
-    """Of a column of the table."""
-    return len(format(0, COLUMNS[name].replace("d", ".0f")))
-
-
 def print_header(policy: nn.Module, reward: Callable) -> None:
-    """What runs, before it runs."""
-    processes = PartialState().num_processes
-    judge = (
-        reward.model.name_or_path
-        if isinstance(reward, RewardModel)
-        else "REWARD_FUNCTION"
-    )
-    say(
-        f"GRPO on {processes} x {DEVICE}: {NUM_STEPS} steps of {PROMPTS_PER_STEP} x "
-        f"{NUM_SAMPLES} responses, LR {LR:g}.\nPolicy: {policy.name_or_path}\n"
-        f"Reward: {judge}\nWatch the reward, not the loss."
-    )
+    """What runs, and on what."""
+    devices, model = PartialState().num_processes, getattr(reward, "model", None)
+    responses = f"{PROMPTS_PER_STEP} x {NUM_SAMPLES} responses"
+    say(f"GRPO on {devices} x {DEVICE}: {NUM_STEPS} steps of {responses}, LR {LR:g}.")
+    say(f"Policy: {policy.name_or_path}")
+    say(f"Reward: {model.name_or_path if model else 'REWARD_FUNCTION'}")
+    say("Watch the reward, not the loss.")
 
 
-def print_texts(rewards: list[float], texts: list[str], names: list[str]) -> None:
-    """Responses with their rewards, wrapped and indented."""
-    for reward, text, name in zip(rewards, texts, names, strict=True):
-        line = f"{name} [{reward:+.2f}] {' '.join(text.split())}"
-        say(
-            textwrap.fill(
-                line, 88, initial_indent="    ", subsequent_indent=" " * 8, max_lines=5
-            )
-        )
+def print_text(label: str, reward: float, text: str) -> None:
+    """A response with its reward, wrapped and indented, at most five rows."""
+    line = f"{label} [{reward:+.2f}] {' '.join(text.split())}"
+    indents = {"initial_indent": "    ", "subsequent_indent": "        "}
+    say(textwrap.fill(line, 88, max_lines=5, **indents))
 
 
 def print_step(step: int, metrics: dict, groups: list[dict]) -> None:
     """A row of the table, and now and then the best and the worst response."""
-    row = {"step": step} | metrics
-    say("".join(format(row[name], form) for name, form in COLUMNS.items()))
+    shown = {name: round(value, 3) + 0.0 for name, value in metrics.items()}  # no -0
+    say(ROW.format(step=step, **shown))
     if step % REPORT_EVERY == 0:
-        rewards = torch.cat([group["rewards"] for group in groups])
-        texts = [text for group in groups for text in group["responses"]]
-        chosen = [int(rewards.argmax()), int(rewards.argmin())]
-        print_texts(
-            rewards[chosen].tolist(), [texts[i] for i in chosen], ["best ", "worst"]
-        )
+        scored = [
+            pair
+            for g in groups
+            for pair in zip(g["rewards"].tolist(), g["responses"], strict=True)
+        ]
+        print_text("best ", *max(scored))
+        print_text("worst", *min(scored))
 
 
-def print_gain(before: tuple, after: tuple) -> None:
-    """The rewards of fresh responses and two texts, before and after the training."""
-    for name, (rewards, texts) in {"before": before, "after": after}.items():
-        found = torch.tensor(rewards)
-        say(
-            f"\n{len(rewards)} fresh responses {name} training: "
-            f"mean reward {found.mean():+.3f} (std {found.std():.3f})"
-        )
-        print_texts(rewards[:2], texts, ["", ""])
+def print_gain(before: dict, after: dict) -> None:
+    """Mean rewards of fresh responses before and after, and two texts of each."""
+    for when, found in (("before", before), ("after", after)):
+        rewards = torch.tensor(found["rewards"])
+        mean = f"mean reward {rewards.mean():+.3f} (std {rewards.std():.3f})"
+        say(f"\n{len(rewards)} fresh responses {when} training: {mean}")
+        for reward, text in zip(found["rewards"], found["texts"], strict=False):
+            print_text("", reward, text)
 
 
 def save_checkpoint(accelerator: Accelerator, run: dict) -> None:
-    """Write all that resume() needs; at any moment one whole checkpoint exists."""
-    folder = folder_of("_checkpoint")
-    new, whole, old = (folder / name for name in ("unfinished.tmp", "newest", "older"))
-    if accelerator.is_main_process:
-        shutil.rmtree(new, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(new))
+    """Write what resume() needs. At any moment, there is one complete checkpoint."""
+    aside, newest, older = checkpoint_folders()
+    accelerator.save_state(aside)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        torch.save(run, new / "run.pt")
-        shutil.rmtree(old, ignore_errors=True)
-        if whole.exists():
-            os.replace(whole, old)
-        os.replace(new, whole)
+        torch.save(run, aside / "run.pt")
+        shutil.rmtree(older, ignore_errors=True)
+        if newest.exists():
+            os.replace(newest, older)
+        os.replace(aside, newest)
 
 
-def resume(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> dict | None:
-    """The run that a checkpoint holds, with its weights and random numbers, or None."""
-    folder = folder_of("_checkpoint")
-    found = [path for path in (folder / "newest", folder / "older") if path.exists()]
+def resume(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> dict:
+    """The run of the last checkpoint, if there is one and RESUME asks for it.
+
+    Weights, optimizer and random numbers are set as they were.
+    """
+    _, *folders = checkpoint_folders()
+    found = [folder for folder in folders if folder.exists()]
     if not (RESUME and found):
-        return None
-    try:
-        accelerator.load_state(str(found[0]))
+        return {"rewards": []}
+    with one_line_about(f"{found[0]} does not fit these Settings"):
+        accelerator.load_state(found[0])
         run = torch.load(found[0] / "run.pt", weights_only=True)
-    except Exception as problem:
-        sys.exit(f"{found[0]} does not fit these Settings: {one_line(problem)}")
-    for group in optimizer.param_groups:  # it may have been changed since
-        group["lr"] = LR
-    say(f"Going on from step {len(run['rewards'])}, as RESUME is True.")
+    for group in optimizer.param_groups:
+        group["lr"] = LR  # which may have been changed since
+    say(f"RESUME: going on after {len(run['rewards'])} steps.")
     return run
 
 
-TEMPORARY = "unfinished.tmp", "replaced.tmp", "newest", "older"
-
-
-def files_of(folder: Path) -> list[str]:
-    """The names of the files that an earlier run wrote into the folder."""
-    try:
-        return json.loads((folder / "training_log.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+def checkpoint_folders() -> list[Path]:
+    """Where a checkpoint is written, the newest, and the one before it."""
+    names = "unfinished.tmp", "checkpoint", "older_checkpoint"
+    return [folder_of("_checkpoint") / name for name in names]
 
 
 def save_run(
     policy: nn.Module, tokenizer: Tokenizer, rewards: list, suffix: str
 ) -> str:
-    """Write model, tokenizer, rewards and learning curve into SAVE_DIR + `suffix`.
+    """Write model, tokenizer and rewards into SAVE_DIR + `suffix`, and give its path.
 
-    Gives the folder, or nothing if there is nothing to write. All is written into a
-    folder inside that one, and moved out of it only when it is complete.
+    All is written into a folder inside that one, so on the same disk, and moved when it
+    is complete. If a file cannot be moved, those of the older model are moved back.
     """
     if not (rewards and PartialState().is_main_process):
         return ""
@@ -1265,41 +1186,41 @@ def save_run(
     tokenizer.save_pretrained(aside)
     try:
         draw_learning_curve(rewards, aside / "learning_curve.png")
-    except Exception as problem:
-        say(f"The learning curve could not be drawn: {one_line(problem)}")
-    files = sorted([*os.listdir(aside), "training_log.json"])
-    log = json.dumps({"files": files, "rewards": rewards})
-    (aside / "training_log.json").write_text(log)
-    # Without its config.json, a folder does not load: so never half of a model.
-    old = sorted(files_of(folder), key="config.json".__ne__)
-    moves = [
-        (folder / name, replaced / name) for name in old if (folder / name).exists()
-    ]
-    files.sort(key="config.json".__eq__)
-    moves += [(aside / name, folder / name) for name in files]
-    for count, (source, target) in enumerate(moves):
+    except Exception as problem:  # a picture is no reason to lose a run
+        say(f"The learning curve could not be drawn: {problem}")
+    names = sorted([*os.listdir(aside), "training_log.json"], key="config.json".__eq__)
+    log = {"files": names, "rewards": [row.tolist() for row in rewards]}
+    (aside / "training_log.json").write_text(json.dumps(log))
+    # A folder without config.json does not load. So it is moved away first, and comes
+    # last: whatever happens in between, no mixture of two models can be loaded.
+    old = sorted(
+        files_of(folder) & set(os.listdir(folder)) - {aside.name, replaced.name}
+    )
+    old.sort(key="config.json".__ne__)
+    moves = [(folder / name, replaced / name) for name in old]
+    moves += [(aside / name, folder / name) for name in names]
+    for done, (source, target) in enumerate(moves):
         try:
             os.replace(source, target)
         except OSError as problem:
-            with contextlib.suppress(OSError):
-                for source, target in reversed(moves[:count]):
-                    os.replace(target, source)
+            for source, target in reversed(moves[:done]):
+                os.replace(target, source)
             sys.exit(
-                f"{folder} could not be written to; the model is in {aside}: {problem}"
+                f"{folder} cannot be changed, so the model is in {aside}: {problem}"
             )
     shutil.rmtree(replaced)
     aside.rmdir()
     return str(folder)
 
 
-def draw_learning_curve(rewards: list[list[float]], path: Path) -> None:
+def draw_learning_curve(rewards: list[Tensor], path: Path) -> None:
     """Write a picture of the rewards of each step: mean, spread and best."""
-    table = torch.tensor(rewards)  # (steps, responses of a step)
+    table = torch.stack([row.flatten() for row in rewards]).cpu()  # (steps, responses)
     mean, std = table.mean(1), table.std(1)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(table.amax(1), ".", color="0.7", label="best of the step")
-    axes.plot(mean, label="mean of the step")
+    axes.plot(table.amax(1), ".", color="0.7", label="best")
+    axes.plot(mean, label="mean")
     axes.fill_between(range(len(mean)), mean - std, mean + std, alpha=0.2)
     axes.set(title="GRPO (band: +- 1 std)", xlabel="step", ylabel="reward")
     axes.legend(loc="lower right")

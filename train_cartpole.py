@@ -1,159 +1,342 @@
 """Lesson 1: REINFORCE on CartPole-v1, the simplest policy gradient.
 
 What you will learn
-    How an agent improves from rewards alone: it tries actions at random, and each one
-    becomes more likely the better things went after it. The task: push a cart left or
-    right at each step, so that the pole on it stays up; each step brings a reward of 1.
-    An episode ends at 12 degrees of lean, 2.4 m from the middle, or after 500 steps.
+    How an agent improves from rewards alone. The task: a pole stands on a cart, and at
+    each step the agent pushes the cart to the left or to the right so that the pole
+    stays up. Each step brings a *reward* of 1. One attempt, from the start to the end,
+    is an *episode*. It ends when the pole leans by more than 12 degrees, when the cart
+    is more than 2.4 m from the middle, or after 500 steps. Nobody tells the agent which
+    push was right. It tries pushes at random, and each one becomes more likely the
+    better things went after it.
 
-The algorithm in 6 steps
-    1. Start from a policy: a network that gives each action a probability.
-    2. Play a batch of whole episodes, drawing each action with that probability.
-    3. Give each step its return (the sum of the rewards from here on, each one weighted
-       gamma = 0.99 times the one before) and its advantage (return minus mean return).
+The algorithm in 5 steps
+    1. Start from a *policy*: a network that gives each action a probability.
+    2. Play a batch of whole episodes. Each action is sampled with its probability.
+    3. Compute for each step its *return* (the sum of the rewards from this step on, in
+       which the next reward counts 0.99, the one after it 0.99^2, and so on) and its
+       *advantage* (the return minus the mean return of the batch).
     4. Take one gradient step that makes the actions with a positive advantage more
        likely, and those with a negative advantage less likely.
-    5. Repeat from 2 until 100 episodes average 475 steps (the task is *solved*) and the
-       policy is *perfect*: greedy (always the likeliest action), 1,000 without a fall.
-    6. Measure it on held-out episodes (with seeds never used before) and save it.
+    5. Repeat from step 2 with the new policy.
+    The function `train` is these five steps and nothing else. A reader who stops at its
+    end has read the whole lesson; what follows it is housekeeping.
 
-Symbols (T steps of play, N episodes side by side, B steps in all before their ends)
-    s_t         observations  (T, N, 4)  cart m, cart m/s, pole rad, pole rad/s
-    a_t         actions       (T, N)     0 pushes the cart left, 1 pushes it right
-    r_t         rewards       (T, N)     1 for each step, 0 after the episode's end
+    When does it stop? The task counts as *solved* when the last 100 training episodes
+    lasted 475 steps on average. But in training actions are sampled, and even a good
+    policy then makes a bad push now and then. Therefore we go on until the policy is
+    also *perfect*: playing *greedily*, that is, always taking the most likely action,
+    it keeps the pole up for the full 500 steps in 1,000 episodes out of 1,000. In the
+    end the policy is measured once more, on *held-out* episodes: 100 episodes whose
+    random starts were used neither in training nor to decide when to stop.
+
+Symbols
+    N episodes are played side by side, and the longest of them has T steps. Shorter
+    episodes are padded to T steps; B is the number of real steps in all N together.
+    s_t         observations  (T, N, 4)  cart position (m), cart velocity (m/s), pole
+                                         angle (rad), angular velocity (rad/s)
+    a_t         actions       (T, N)     0 pushes the cart to the left, 1 to the right
+    r_t         rewards       (T, N)     1 for each step, 0 in the padding
     G_t         returns       (T, N)     r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
-    A_t         advantages    (B,)       G_t minus the mean of the batch
+    A_t         advantages    (B,)       G_t minus the mean of the B returns
     ln pi(a|s)  log_probs     (B,)       log-probability of the action that was taken
+    s is called the *state* in books. Here the agent observes all of it, so that state
+    and observation are the same.
 
-Where this differs from the book (Sutton & Barto, 2nd ed., chapter 13), and why
-    * One gradient step (Adam) for 16 episodes, not one for each step: it is steadier.
-    * The mean of the batch is subtracted. Section 13.4 subtracts the prediction of a
-      second network, the *value function*: that is lesson 2.
-    * The factor gamma^t is left out, as in nearly all code: see `reinforce_loss`.
-    * Reaching 500 steps counts as an end like a fall; lesson 3 tells the two apart.
-
-Run it, and what you should see (what goes wrong: tests/bugs/)
-    python train_cartpole.py     4 seconds on one core of a server CPU, no GPU
-    Seeds 0-19: perfect after 432 episodes (median; 624 at most), then 500 steps in
-    every held-out episode. Seed 0 ("last 100": mean score, a score the sum of rewards):
+Run it, and what you should see
+    python train_cartpole.py     3 seconds on one core of a server CPU, without a GPU
+    It prints a table. "last 100" is the mean score of the last 100 training episodes; a
+    score is the sum of the rewards of an episode. For SEED = 0 the table begins so:
         last 100  episodes  entropy (nats)      loss
             29.8        48           0.645   -0.3435
-           274.8       240           0.526   -0.2052
-        -- 475 after 320 episodes, perfect = True
-    Entropy is how undecided the policy is: ln 2 = 0.69 nats (the unit of ln) for a coin
-    flip, 0 if certain.
+            43.6        96           0.587    0.0845
+    and the run ends after 320 episodes with a perfect policy. Seeds 0 to 19 all end so,
+    after 432 episodes in the median and 624 at most. Entropy says how undecided the
+    policy is: ln 2 = 0.69 nats (the unit that belongs to ln) when it tosses a coin, 0
+    when it is certain.
 
-Try this (seeds 0-2, with MAX_EPISODES = 1_500; medians)
-    * EPISODES_PER_UPDATE = 1, LEARNING_RATE = 0.01: perfect after 376, but in 34 s.
-    * GAMMA = 0.9: all are solved, but only two become perfect, after 736 and 1,152.
-    * LEARNING_RATE = 0.2: none is solved; the best means of 100 episodes: 83 to 158.
+Try this (three seeds each, with MAX_EPISODES = 1_500)
+    | Change                    | What happens                                         |
+    |---------------------------|------------------------------------------------------|
+    | GAMMA = 0.9               | All three are solved, but only two become perfect,   |
+    |                           | after 736 and 1,152 episodes.                        |
+    | LEARNING_RATE = 0.2       | None is solved. The best mean of 100 episodes is 83, |
+    |                           | 138 and 158.                                         |
+    | EPISODES_PER_UPDATE = 1,  | All become perfect, after 376 episodes in the        |
+    | LEARNING_RATE = 0.01      | median. That takes 34 seconds, because an update     |
+    |                           | that plays 1 episode runs as long as one that plays  |
+    |                           | 16 side by side.                                     |
+
+When it goes wrong
+    * The loss jumps around 0, and does not fall. This is normal: see `reinforce_loss`.
+    * The entropy is near 0 after a few updates: the policy became certain before it
+      knew anything. The learning rate is too large.
+    * "last 100" stays near 10: the policy always pushes to the same side. Most often
+      the sign of the loss is wrong, or of the advantages.
+    * tests/bugs/README.md shows many more mistakes, and by what each can be recognised.
+
+Another task
+    The task must have a few actions to choose from, and observations that are a list of
+    numbers. "Acrobot-v1" is such a task: swing up a double pendulum, where each step
+    costs 1 (reward -1), an observation has 6 numbers, and there are 3 actions. Change
+    * ENV_ID = "Acrobot-v1"
+    * in PolicyNetwork, the 4 to 6 and the 2 to 3
+    * FULL_SCORE = -500, the lowest score there is: every policy then counts as perfect,
+      and the run ends as soon as the task is solved (-100 on average)
+    * LEARNING_RATE = 0.005, SEED = 1
+    and it is solved after 800 episodes. With SEED = 0 it is not: as long as no episode
+    reaches the goal, all scores are -500, and there is nothing to learn from. To show
+    the agent, change the 2 in `random_policy` of cartpoleinference.py to 3.
+
+Where this differs from the book (Sutton & Barto, *Reinforcement Learning*, 2nd edition,
+chapter 13, free at incompleteideas.net), and why
+    * The book takes a gradient step after each episode. We take one (with Adam) for 16
+      episodes, whose mean is less noisy.
+    * The mean of the batch is subtracted from the returns. Section 13.4 subtracts what
+      a second network, the *value function*, predicts; that is lesson 2.
+    * The factor gamma^t is left out: see `reinforce_loss`.
+    * Reaching step 500 counts as an end like a fall: see `returns_to_go`. Lesson 3
+      tells the two apart.
 """
 
+if __name__ == "__main__":
+    print("Loading PyTorch and Gymnasium ...", flush=True)  # importing takes seconds
+
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Categorical
 
 # ------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------
 
-# What to run
 ENV_ID = "CartPole-v1"
-SEED = 0  # same seed, machine and versions: same weights, bit for bit
-CHECK_SEED = 500_000  # of the check for a perfect policy: the same starts each time
-HELD_OUT_SEED = 1_000_000  # of held-out episode 0; episode i has HELD_OUT_SEED + i
 
-# Budget
-MAX_EPISODES = 4_000  # if the policy is not perfect by then, stop with status 1
-CHECK_EPISODES = 1_000  # greedy episodes without a single fall make a policy perfect;
-#                         with 100, one that falls once in 200 would mostly pass
-HELD_OUT_EPISODES = 100  # for the final score; fewer make it less exact
-REPORT_EVERY = 3  # updates between two printed lines
+# Episodes that are played before each gradient step. The gradient is a mean over them,
+# and the noise in it falls as 1 / sqrt(episodes): four times as many episodes halve the
+# noise, but they leave only a quarter of the updates. If there are too few, most of the
+# gradient is noise.
+EPISODES_PER_UPDATE = 16
 
-# Algorithm
-EPISODES_PER_UPDATE = 16  # more: steadier, but fewer updates. With 1 the mean that is
-#                           subtracted is the episode's own: halve LEARNING_RATE as well
-LEARNING_RATE = 0.02  # size of Adam's step; too small is slow, too big never settles
-GAMMA = 0.99  # discount: looks about 1 / (1 - GAMMA) = 100 steps ahead; 0.9 learns far
-#               more slowly, 1.0 works too
-HIDDEN_UNITS = 64  # width of the one hidden layer; a task this small needs few
-# Hence one update is a gradient step on about 16 x 20 steps at first, 16 x 500 at last.
+# Step size of Adam. If it is too small, learning is slow. If it is too large, the
+# policy soon becomes certain of bad actions, and then hardly ever tries the others.
+LEARNING_RATE = 0.02
 
-# Files, written beside this script
+# The discount: a reward that comes k steps later counts gamma^k. An action mostly
+# causes what follows soon; what comes hundreds of steps later also depends on all the
+# actions in between, and adds more noise than knowledge to its return. The sum 1 +
+# gamma + gamma^2 + ... is 1 / (1 - gamma) = 100, so a return looks about 100 steps
+# ahead, which is 2 seconds. With 0.9 it looks 10 steps ahead, and the policy learns far
+# more slowly. With 1.0 all later rewards count in full, which works here too.
+GAMMA = 0.99
+
+# Width of the hidden layer. A task this small needs few units. With very few it learns
+# more slowly; more units than needed cost time in each update.
+HIDDEN_UNITS = 64
+
+# The seed of all random numbers in training. On the same machine and with the same
+# versions, the same seed gives the same weights, bit for bit.
+SEED = 0
+
+# Training episodes after which the run gives up if the policy is not perfect by then.
+MAX_EPISODES = 4_000
+
+# Greedy episodes in which a perfect policy must reach FULL_SCORE. With 100 episodes, a
+# policy that falls once in 200 would mostly pass; more than 1,000 take longer.
+CHECK_EPISODES = 1_000
+
+# Held-out episodes, and the seed of their random starts. With few episodes the final
+# score is less exact.
+HELD_OUT_EPISODES = 100
+HELD_OUT_SEED = 1_000_000
+
+# Updates (turns of the loop in `train`) from one printed row to the next.
+REPORT_EVERY = 3
+
+# Updates from one episode that is shown to the next: in a window, or in cartpole.gif
+# where there is no display. 5 lets you watch it learn; 0 shows none.
+WATCH_EVERY = 0
+
+# The files that are written, beside this script.
 WEIGHTS_PATH = Path(__file__).with_name("cartpole_reinforce.pth")
 CURVE_PATH = Path(__file__).with_name("cartpole_learning_curve.png")
 
-# Given by the task
-SOLVED_SCORE = gym.spec(ENV_ID).reward_threshold  # 475: mean of the last 100 episodes
-FULL_SCORE = gym.spec(ENV_ID).max_episode_steps  # 500: the pole never fell
+# Given by the task: the mean score that counts as solved, and the highest score.
+SOLVED_SCORE = gym.spec(ENV_ID).reward_threshold  # 475
+FULL_SCORE = gym.spec(ENV_ID).max_episode_steps  # 500
 
 # ------------------------------------------------------------------------------------
-# The network
+# Step 1: the network
 # ------------------------------------------------------------------------------------
 
 
 class PolicyNetwork(nn.Module):
-    """The policy: observations (B, 4) float32 in, logits (B, 2), any real numbers, out.
+    """The policy pi(a|s). It maps observations (B, 4) float32 to logits (B, 2).
 
-    pi(a|s) = softmax(logits) = exp(logit of a) / sum of exp(logit) over all actions
+    A logit is any real number; softmax turns the logits into probabilities:
+
+    pi(a|s) = exp(logit of a) / sum of exp(logit) over all actions
     """
 
     def __init__(self, hidden_units: int = HIDDEN_UNITS) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(4, hidden_units),  # position, speed, angle, angular speed
+            nn.Linear(4, hidden_units),  # position, velocity, angle, angular velocity
             nn.Tanh(),
             nn.Linear(hidden_units, 2),  # left, right
         )
 
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+    def forward(self, observations: Tensor) -> Tensor:
         return self.layers(observations)
 
 
 # ------------------------------------------------------------------------------------
-# The equations
+# Step 2: play a batch of episodes
 # ------------------------------------------------------------------------------------
 
-# Why ln pi? We want to raise J, the expected return, by changing the network's weights;
-# grad is the derivative with respect to them. Take one decision: in a state s action a
-# brings the return G(a), so J = sum_a pi(a|s) G(a). As grad ln pi = grad pi / pi, its
-# gradient, the *policy gradient*, is
+# The example that goes through this lesson: N = 2 episodes, the first of 2 steps, the
+# second of 3. One column is one episode, one row is one step of both.
 #
-#     grad J = sum_a grad pi(a|s) G(a) = sum_a pi(a|s) * [ G(a) grad ln pi(a|s) ].
-#
-# The last sum is the mean of the bracket over actions drawn from pi. There is no need
-# to try every action, nor to know how the pole moves: play, and average the bracket.
-# For a whole episode, put its probability in the place of pi: the chance of its start
-# times the pi of each action. ln turns the product into a sum, one term for each step,
-# and only the pi's depend on the weights (section 13.2 has another proof). An action
-# gets only the rewards that followed it: it had no influence on earlier ones.
-#
-# Why may a *baseline* b be subtracted from the return? Probabilities add up to 1, so
-#
-#     sum_a pi(a|s) * [ b grad ln pi(a|s) ] = b grad sum_a pi(a|s) = b grad 1 = 0
-#
-# for every b that does not depend on the action: the expected gradient stays the same,
-# and a good b makes the samples of it scatter less.
+#     rewards = 1 1      alive = yes yes      The first episode is padded with a reward
+#               1 1              yes yes      of 0 and alive = no, so that both columns
+#               0 1              no  yes      have T = 3 rows. B = 5 steps are real.
 
 
-def returns_to_go(rewards: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Returns: how much reward followed each step, later rewards counting less.
+@torch.no_grad()
+def play_episodes(
+    env: gym.vector.VectorEnv, policy: Callable, seed: int | None, greedy: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Play one whole episode in each of the N copies of the task that `env` holds.
+
+    `policy` maps observations (N, 4) to logits (N, 2). `seed` seeds the random starts;
+    with None, the random numbers continue where they stopped. With `greedy` the most
+    likely action is taken instead of a sampled one.
+
+    Returns observations (T, N, 4) float32, actions (T, N) int64, rewards (T, N) float32
+    and alive (T, N) bool: whether the episode was still running at this step.
+    """
+    steps = []
+    observations, _ = env.reset(seed=seed)
+    alive = np.ones(env.num_envs, dtype=bool)
+    while alive.any():
+        logits = policy(torch.from_numpy(observations))
+        # Categorical is the distribution over actions that these logits stand for.
+        actions = logits.argmax(1) if greedy else Categorical(logits=logits).sample()
+        actions = actions.numpy()
+        next_observations, rewards, terminated, truncated, _ = env.step(actions)
+        steps.append((observations, actions, rewards * alive, alive))
+        # A fall *terminates* an episode, the limit of 500 steps *truncates* it. After
+        # either, Gymnasium starts a new episode in this copy by itself (*autoreset*).
+        # We play it too, until the longest episode of the batch has ended, but these
+        # steps are only padding: `alive` stays False, and the reward is set to 0.
+        alive = alive & ~(terminated | truncated)
+        observations = next_observations
+    # From T tuples of four arrays, each with N rows, to four tensors with T rows each.
+    columns = [torch.from_numpy(np.array(rows)) for rows in zip(*steps, strict=True)]
+    observations, actions, rewards, alive = columns
+    return observations, actions, rewards.float(), alive
+
+
+# ------------------------------------------------------------------------------------
+# Why steps 3 and 4 work: the policy gradient
+# ------------------------------------------------------------------------------------
+
+# Let J be the expected return: the mean of the returns of all episodes that can happen
+# when this policy plays, weighted with their probabilities. We want to raise J by
+# changing the weights of the network, so we need its gradient with respect to the
+# weights, which we write `grad J`. Here gamma is 1: all rewards count in full.
+#
+# ONE DECISION. Suppose that an episode has a single step. In the state s, the policy
+# takes the action a with probability pi(a|s), and this brings the return G(a). Then
+#
+#     J = sum_a pi(a|s) G(a).
+#
+# Only pi depends on the weights. By the chain rule, grad ln pi = grad pi / pi, so that
+# grad pi = pi grad ln pi, and therefore
+#
+#     grad J = sum_a grad pi(a|s) G(a) = sum_a pi(a|s) [ G(a) grad ln pi(a|s) ].
+#
+# The last sum is the mean of the bracket over actions that are sampled from pi. So we
+# can estimate grad J without trying every action: play, compute the bracket for the
+# action that was taken, and take the mean over many plays.
+#
+# A WHOLE EPISODE is a chain of such decisions: s_0, a_0, s_1, a_1, and so on. Its
+# probability is a product,
+#
+#     P(episode) = p(s_0) pi(a_0|s_0) p(s_1|s_0,a_0) pi(a_1|s_1) p(s_2|s_1,a_1) ...
+#
+# where p(s_0) is the probability of the start, and p(s_{t+1}|s_t,a_t) the probability
+# that the environment answers the action a_t with the state s_{t+1}. The logarithm
+# turns the product into a sum. The terms ln p do not depend on the weights, so their
+# gradients are 0, and what is left is
+#
+#     grad ln P(episode) = sum_t grad ln pi(a_t|s_t).
+#
+# The environment has dropped out. This is why we need not know how a pole moves: it is
+# enough to play. Now the episode takes the place of the action above, P the place of
+# pi, and R, the sum of all rewards of the episode, the place of G(a):
+#
+#     grad J = E[ R sum_t grad ln pi(a_t|s_t) ] = E[ sum_t R grad ln pi(a_t|s_t) ]   (1)
+#
+# E[ ] is the mean over the episodes that the policy plays. A batch of N episodes gives
+# an estimate of it.
+#
+# A BASELINE is a number b that is subtracted from R in term t of (1), and that is
+# already known when the action a_t is sampled. It does not change grad J: in the mean
+# over the actions that may be taken in s_t, what is subtracted is
+#
+#     sum_a pi(a|s_t) [ b grad ln pi(a|s_t) ] = b sum_a grad pi(a|s_t) = b grad 1 = 0,
+#
+# because the probabilities of all actions add up to 1, whatever the weights are. We use
+# this twice.
+#
+# First, the rewards from before step t are such a number: they have been received when
+# a_t is sampled. If we subtract them from R, the return G_t from step t on is left:
+#
+#     grad J = E[ sum_t G_t grad ln pi(a_t|s_t) ]                                    (2)
+#
+# Secondly, we subtract the mean return. This leaves grad J as it is, but makes the
+# estimate less noisy. Suppose that all returns are near 100. Then without a baseline,
+# every action that was taken is pushed up with a force of about 100, whether it was
+# good or bad, and only in the mean over many episodes do these pushes cancel. With
+# b = 100, the good actions are pushed up a little, and the bad ones down.
+
+# ------------------------------------------------------------------------------------
+# Step 3: returns and advantages
+# ------------------------------------------------------------------------------------
+
+
+def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
+    """Returns: how much reward followed each step, with later rewards counting less.
 
     G_t = r_t + gamma * G_{t+1},   and 0 after the last step
 
     Sutton & Barto, eq. (3.9), who write R_{t+1} for our r_t.
 
-    `rewards` (T,) or (T, N) float32, one column an episode, zeros after its end. Gives
-    the same shape.
-    By hand: rewards = [1, 1, 1], gamma = 0.5  ->  returns = [1.75, 1.5, 1].
+    How can a reward that is always 1 teach anything? By when it stops. In CartPole, G_t
+    says only how long the pole stayed up after step t. In the last steps before a fall
+    it is small, and the actions of these steps are the ones that have to change.
+    Step 500 makes an error: the pole would have stayed up, but no reward is counted any
+    more, so that the last 100 steps or so of a perfect episode look as bad as the steps
+    before a fall. As this has nothing to do with the actions, it mostly adds noise.
+    Lesson 3 adds an estimate of the rewards that the limit has cut off.
+
+    `rewards` is (T,) or (T, N) float32, with one column per episode, padded with zeros.
+    Returns a tensor of the same shape.
+    The example, with gamma = 0.5:    1 1              1.5  1.75
+                                      1 1      ->      1    1.5
+                                      0 1              0    1
     """
     returns = torch.zeros_like(rewards)
     next_return = torch.zeros_like(rewards[0])
@@ -163,194 +346,251 @@ def returns_to_go(rewards: torch.Tensor, gamma: float) -> torch.Tensor:
     return returns
 
 
-def subtract_mean(returns: torch.Tensor) -> torch.Tensor:
+def subtract_mean(returns: Tensor) -> Tensor:
     """Advantages: how much better than the average step of the batch things went.
 
     A_t = G_t - mean(G)
 
-    All returns in CartPole are positive: without the mean, every action taken would be
-    made more likely, only some more than others. It is not exactly a baseline: it holds
-    G_t, which depends on the action. The error falls as 1 / episodes in the batch.
+    The mean is the baseline b. All returns in CartPole are positive, so without it
+    every action that was taken would be pushed up, some only more than others. With it,
+    a step after which the pole stayed up for long has a positive advantage, and the
+    last steps before a fall have negative ones: their actions become less likely.
 
-    `returns` (B,) float32, all real steps of a batch, gives advantages (B,).
-    By hand: [1, 2, 6]  ->  [-2, -1, 3].
+    The mean of the batch is not quite a baseline in the sense above, because G_t itself
+    is one of the numbers that are averaged. The error in the expected gradient falls as
+    1 / N. With N = 1 it is large: an episode is then compared with itself only, and its
+    advantages add up to 0, whether it was a good one or a bad one.
+
+    `returns` is (B,) float32: the real steps of a batch, without padding. Returns (B,).
+    The example: without the padding and row by row, the returns are 1.5, 1.75, 1, 1.5,
+    1. Their mean is 1.35, so that the advantages are 0.15, 0.4, -0.35, 0.15, -0.35. The
+    last step of each episode has the lowest.
     """
     return returns - returns.mean()
 
 
-def reinforce_loss(log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """The loss whose gradient is REINFORCE's: minimise it to raise the return.
+# ------------------------------------------------------------------------------------
+# Step 4: the loss
+# ------------------------------------------------------------------------------------
 
-    loss = -mean_t( A_t * ln pi(a_t | s_t) )
 
-    Sutton & Barto, eq. (13.11): theta <- theta + alpha (G_t - b) grad ln pi(a_t | s_t),
-    theta the weights, alpha the learning rate. The minus: PyTorch goes downhill. A_t is
-    a plain number, made of rewards, so no gradient flows through it.
-    The box of section 13.4 has gamma^t A_t. We leave gamma^t out, or steps after the
-    first few hundred would hardly count. The price, if gamma < 1: on average, updates
-    are the gradient of no function, not even J (Nota & Thomas, arXiv 1906.07073).
+def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """The loss whose gradient is minus the policy gradient, estimated from a batch.
 
-    `log_probs` (B,) of the actions taken, with gradient; `advantages` (B,). A scalar.
-    By hand: log_probs = [ln 0.5, ln 0.5], advantages = [1, 3]  ->  2 ln 2 = 1.3863.
+    loss = -mean_t( A_t * ln pi(a_t|s_t) )
+
+    Sutton & Barto, eq. (13.11): theta <- theta + alpha (G_t - b) grad ln pi(a_t|s_t),
+    where theta are the weights and alpha is the learning rate. The minus is there
+    because PyTorch's optimizers go downhill, and we want to go uphill. A_t was computed
+    from rewards, so it is a plain number, through which no gradient flows.
+
+    Equation (2) has a sum over the steps of an episode, and a mean over episodes. The
+    loss has the mean over all steps of the batch, which is the same but for a factor,
+    the mean length of the episodes. It hardly matters, because the size of Adam's step
+    does not depend on the scale of the gradient.
+
+    The value of this loss says nothing about how well the policy plays. The advantages
+    have the mean 0, so the loss jumps around 0. Only its gradient counts.
+
+    The book's box in section 13.4 has a factor gamma^t before A_t. It is right if J is
+    the discounted return from the start of the episode: seen from there, whatever
+    happens at step t counts only gamma^t. Like nearly all code, we leave it out: with
+    it, the action at step 300 would count 0.99^300 = 5 % of the first one, although a
+    pole falls as easily then. The price is that for gamma < 1 the updates do not follow
+    exactly the gradient of J, nor that of any other function (Nota & Thomas, 2020,
+    arXiv 1906.07073), so that no theorem says that they make any quantity grow.
+
+    `log_probs` is (B,), those of the actions that were taken, with gradient;
+    `advantages` is (B,). Returns a scalar.
+    The example: as long as each of the five actions has the probability 1/2, the loss
+    is 0, because the advantages add up to 0 (its gradient is not 0). If the second
+    action, with the advantage 0.4, has the probability 0.8 instead, the loss is
+    -(0.4 ln 0.8 - 0.4 ln 0.5) / 5 = -0.0376, which is lower.
     """
     return -(log_probs * advantages).mean()
 
 
 # ------------------------------------------------------------------------------------
-# Collecting data
+# The algorithm
 # ------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def play_episodes(
-    env: gym.vector.VectorEnv, policy: Callable, seed: int | None, greedy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Play one whole episode in each of N copies of the task, the *environment* `env`.
+def train(
+    policy: PolicyNetwork, env: gym.vector.VectorEnv
+) -> Iterator[tuple[Tensor, Categorical, Tensor]]:
+    """The whole algorithm. Each turn of the loop is one update.
 
-    `seed` seeds the starts (None: the generator goes on where it was); `greedy` takes
-    the most likely action instead of drawing one. Gives observations (T, N, 4) float32,
-    actions (T, N) int64, rewards (T, N) float32 and alive (T, N) bool: T is the length
-    of the longest episode; after an episode's end alive is False and the reward 0.
+    main() prints what is yielded (the N scores of the batch, the distributions over
+    actions at its B steps, and the loss) and decides when to stop.
     """
-    steps = []
-    observations, _ = env.reset(seed=seed)
-    alive = np.ones(env.num_envs, dtype=bool)
-    while alive.any():
-        logits = policy(torch.from_numpy(observations))
-        actions = logits.argmax(1) if greedy else Categorical(logits=logits).sample()
-        actions = actions.numpy()
-        next_observations, rewards, terminated, truncated, _ = env.step(actions)
-        steps.append((observations, actions, rewards * alive, alive))
-        # A fall terminates, step 500 truncates. The copy restarts, `alive` stays False.
-        alive = alive & ~(terminated | truncated)
-        observations = next_observations
-    columns = [torch.from_numpy(np.array(each)) for each in zip(*steps, strict=True)]
-    observations, actions, rewards, alive = columns  # T rows each
-    return observations, actions, rewards.float(), alive
+    # 1. The policy starts with random weights. Adam will change them.
+    optimizer = torch.optim.Adam(policy.parameters(), lr=LEARNING_RATE)
+    seed = SEED
+    while True:
+        # 2. Play whole episodes. Only the first ones are seeded: with the same seed
+        #    again, every batch would have the same starts.
+        observations, actions, rewards, alive = play_episodes(env, policy, seed)
+        seed = None
 
+        # 3. Compute the return of each step, and its advantage. [alive] picks the real
+        #    steps, and leaves the padding out.
+        returns = returns_to_go(rewards, GAMMA)  # (T, N)
+        advantages = subtract_mean(returns[alive])  # (B,)
 
-def evaluate(
-    policy: Callable, episodes: int, first_seed: int, greedy: bool
-) -> torch.Tensor:
-    """Scores (episodes,), the sums of rewards; number i has the seed first_seed + i."""
-    env = gym.make_vec(ENV_ID, num_envs=episodes, vectorization_mode="sync")
-    _, _, rewards, _ = play_episodes(env, policy, first_seed, greedy)
-    return rewards.sum(0)
+        # 4. Take one gradient step. The log-probabilities are computed once more, for
+        #    all steps together and now with gradients; they are the same as when the
+        #    actions were sampled, because the policy has not changed since.
+        distribution = Categorical(logits=policy(observations[alive]))
+        loss = reinforce_loss(distribution.log_prob(actions[alive]), advantages)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-
-# ------------------------------------------------------------------------------------
-# Learning
-# ------------------------------------------------------------------------------------
-
-
-def is_perfect(policy: Callable) -> bool:
-    """Does no pole fall in CHECK_EPISODES episodes, played greedily?"""
-    env = gym.make_vec(ENV_ID, num_envs=CHECK_EPISODES)
-    _, _, rewards, _ = play_episodes(env, policy, CHECK_SEED, greedy=True)
-    return bool((rewards.sum(0) == FULL_SCORE).all())
+        # 5. Repeat, with new episodes. The old ones were played by another policy now,
+        #    and the mean in (2) is one over episodes of the present policy. So each
+        #    batch serves for a single gradient step. (Lesson 3 takes several.)
+        yield rewards.sum(0), distribution, loss
 
 
 # ------------------------------------------------------------------------------------
-# main
+# Housekeeping: nothing below this line is about reinforcement learning
 # ------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Train until the policy is perfect, then measure it and save it."""
+    """Train until the policy is perfect, then measure it on held-out episodes."""
     check_settings()
-    print(f"REINFORCE on {ENV_ID}, on the CPU: most seeds need about 4 seconds.")
-    print(f"'last 100', the mean score, should rise to {SOLVED_SCORE:g}, entropy fall")
-    print("slowly. Ignore the loss: each batch is measured against its own mean.\n")
-    print("last 100  episodes  entropy (nats)      loss")
+    print_header()
     torch.set_num_threads(1)  # the network is so small that more threads only wait
-
-    # 1. A policy that knows nothing.
     torch.manual_seed(SEED)
     policy = PolicyNetwork(HIDDEN_UNITS)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=LEARNING_RATE)
-    env = gym.make_vec(ENV_ID, num_envs=EPISODES_PER_UPDATE)  # N copies at once
-    scores, perfect = [], False
+    env = gym.make_vec(ENV_ID, num_envs=EPISODES_PER_UPDATE)  # N copies, side by side
+    scores, perfect, film = [], False, []
+    with keep_unfinished_run(lambda: save_run(policy, scores, "_interrupted")) as stop:
+        for update, (batch, distribution, loss) in enumerate(train(policy, env), 1):
+            scores += batch.tolist()
+            last_100 = np.mean(scores[-100:])
+            if update % REPORT_EVERY == 0:
+                entropy = distribution.entropy().mean()
+                print(f"{last_100:8.1f}{len(scores):10}{entropy:16.3f}{loss:10.4f}")
+            if WATCH_EVERY and update % WATCH_EVERY == 0:
+                # The import stands here because that file imports this one.
+                from cartpoleinference import show
 
-    try:
-        while len(scores) < MAX_EPISODES and not perfect:
-            # 2. Play whole episodes. Only the first ones need a seed.
-            seed = None if scores else SEED
-            observations, actions, rewards, alive = play_episodes(env, policy, seed)
-
-            # 3. The return of each step, and its advantage.
-            returns = returns_to_go(rewards, GAMMA)  # (T, N)
-            advantages = subtract_mean(returns[alive])  # (B,)
-
-            # 4. One gradient step. The probabilities are computed again, in one pass
-            #    and with gradients; the policy has not changed since it acted.
-            choice = Categorical(logits=policy(observations[alive]))
-            loss = reinforce_loss(choice.log_prob(actions[alive]), advantages)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-            # 5. Again, until the task is solved and the policy is perfect.
-            scores += rewards.sum(0).tolist()
-            episodes, last_100 = len(scores), np.mean(scores[-100:])
-            if episodes // EPISODES_PER_UPDATE % REPORT_EVERY == 0:
-                entropy = choice.entropy().mean()
-                print(f"{last_100:8.1f}{episodes:10}{entropy:16.3f}{loss:10.4f}")
-            solved = episodes >= 100 and last_100 >= SOLVED_SCORE
-            perfect = solved and is_perfect(policy)
-            if solved:
-                print(f"-- {SOLVED_SCORE:g} after {episodes} episodes, {perfect = }")
-
-        # 6. The final score, and the files.
+                title = f"After {len(scores)} episodes"
+                print(f"-- {show(policy, title, film, stop)}")
+            if len(scores) >= 100 and last_100 >= SOLVED_SCORE:
+                check = evaluate(policy, CHECK_EPISODES, HELD_OUT_SEED - 1, greedy=True)
+                full = int((check >= FULL_SCORE).sum())
+                perfect = full == CHECK_EPISODES
+                print(f"-- {SOLVED_SCORE:g} after {len(scores)} episodes; of", end=" ")
+                print(f"{CHECK_EPISODES} greedy episodes, {full} reach {FULL_SCORE}")
+            if stop or perfect or len(scores) >= MAX_EPISODES:
+                break
         held_out = evaluate(policy, HELD_OUT_EPISODES, HELD_OUT_SEED, greedy=True)
-        greedy_score = held_out.mean().item()
-        suffix = "" if perfect else "_unsolved"
-        names = save_run(policy, scores, suffix, greedy_score=greedy_score)
-        print(f"\nHeld-out episodes, played greedily: {greedy_score:.1f} on average")
-    except BaseException as end:  # Ctrl-C or an error
-        kept = save_run(policy, scores, "_interrupted")
-        print(f"\nThis run is kept in {kept}; older weights are as they were.")
-        if isinstance(end, KeyboardInterrupt):
-            sys.exit("Stopped.")
-        raise
-    if not perfect:
-        sys.exit(f"Not perfect after {len(scores)} episodes; kept in {names}.")
-    print(f"Perfect after {len(scores)} episodes. Written: {names}.")
-    print("Watch it: python cartpoleinference.py")
+        suffix = "" if perfect else "_interrupted" if stop else "_unsolved"
+        files = save_run(policy, scores, suffix, greedy_score=held_out.mean().item())
+    print(f"\nHeld-out episodes, played greedily: {held_out.mean():.1f} on average.")
+    if perfect:
+        print(f"Perfect after {len(scores)} episodes. Written:\n{files}")
+        print("Watch it: python cartpoleinference.py")
+    else:
+        print(f"This run is kept in\n{files}\nOlder weights are as they were.")
+        ending = "Stopped" if stop else "Not perfect"
+        end_with(f"{ending} after {len(scores)} episodes.")
 
 
-# ------------------------------------------------------------------------------------
-# Housekeeping
-# ------------------------------------------------------------------------------------
+def print_header() -> None:
+    """Say what runs, for how long, and what the columns of the table mean."""
+    print(f"REINFORCE on {ENV_ID}, on the CPU. Most seeds need about 3 seconds.")
+    print(f"'last 100', the mean score, should rise to {SOLVED_SCORE:g}, and the")
+    print("entropy fall slowly. The loss jumps around 0: in a healthy run, too.\n")
+    print("last 100  episodes  entropy (nats)      loss")
+
+
+def evaluate(policy: Callable, episodes: int, seed: int, greedy: bool) -> Tensor:
+    """Play so many episodes with random starts from `seed`; return their scores."""
+    env = gym.make_vec(ENV_ID, num_envs=episodes)
+    _, _, rewards, _ = play_episodes(env, policy, seed, greedy)
+    return rewards.sum(0)  # (episodes,)
 
 
 def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
     counts = MAX_EPISODES, CHECK_EPISODES, HELD_OUT_EPISODES, REPORT_EVERY
     counts += EPISODES_PER_UPDATE, HIDDEN_UNITS
-    paths = WEIGHTS_PATH, CURVE_PATH
     rules = {
-        "SEED must be from 0 to 499,999": 0 <= SEED < CHECK_SEED,
+        "SEED must be from 0 to HELD_OUT_SEED - 2": 0 <= SEED < HELD_OUT_SEED - 1,
         "MAX_EPISODES, CHECK_EPISODES, HELD_OUT_EPISODES, REPORT_EVERY, "
         "EPISODES_PER_UPDATE and HIDDEN_UNITS must be 1 or more": min(counts) >= 1,
+        "WATCH_EVERY must be 0 or more": WATCH_EVERY >= 0,
         "LEARNING_RATE must be above 0, at most 1": 0 < LEARNING_RATE <= 1,
         "GAMMA must be from 0 to 1": 0 <= GAMMA <= 1,
-        "the folders of all paths must exist": all(p.parent.is_dir() for p in paths),
+        "the folders of WEIGHTS_PATH and CURVE_PATH must exist and be writable": (
+            can_write(WEIGHTS_PATH) and can_write(CURVE_PATH)
+        ),
+        "CURVE_PATH must end in .png": CURVE_PATH.suffix == ".png",
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         sys.exit(f"Settings: {'; '.join(broken)}.")
 
 
+def can_write(path: Path) -> bool:
+    """True if a file of this name can be written: its folder is there and is ours."""
+    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
+
+
+@contextlib.contextmanager
+def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
+    """Whatever ends the lines inside early, `save()` keeps the run so far.
+
+    Ctrl-C, `kill` and a closed terminal only leave a mark in the list that this yields,
+    and main() looks at it once per update: so no signal can disturb the writing of a
+    file.
+    """
+    stopped, before = [], {}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+                before[number] = signal.signal(number, lambda *_: stopped.append(True))
+    try:
+        yield stopped
+    except BaseException:
+        kept = save()
+        with contextlib.suppress(OSError):  # a closed terminal cannot be printed to
+            print(f"\nThis run is kept in\n{kept}\nOlder weights are as they were.")
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with(line: str) -> None:
+    """End a run that missed its aim, with one line and status 1 (in a notebook: 0)."""
+    if "ipykernel" in sys.modules:  # there, SystemExit would look like a crash
+        print(line)
+    else:
+        sys.exit(line)
+
+
 def save_run(policy: PolicyNetwork, scores: list, suffix: str, **facts: float) -> str:
-    """Write weights and curve, with `suffix` added to both names; give the names."""
+    """Write weights and curve, with `suffix` in both names; return their paths."""
     path, curve = [p.with_stem(p.stem + suffix) for p in (WEIGHTS_PATH, CURVE_PATH)]
+    replaced = ["Replaced: the older files of these names."] if path.exists() else []
     checkpoint = {"weights": policy.state_dict(), "env_id": ENV_ID, "seed": SEED}
     checkpoint |= {"episodes": len(scores), **facts, "hidden_units": HIDDEN_UNITS}
-    aside = path.with_name(f"{path.name}.tmp")
-    torch.save(checkpoint, aside)
-    os.replace(aside, path)  # all at once: a crash never leaves half a file
-    draw_learning_curve(scores, curve)
-    return f"{path.name} and {curve.name}"
+    with tempfile.TemporaryDirectory(dir=path.parent, suffix=".tmp") as folder:
+        torch.save(checkpoint, Path(folder, path.name))
+        os.replace(Path(folder, path.name), path)  # at once, so never half a file
+    try:
+        draw_learning_curve(scores, curve)
+        show_in_notebook(curve)
+    except Exception as problem:  # a picture is not worth a run
+        curve = f"The learning curve could not be drawn: {problem}"
+    return "\n".join(map(str, [path, curve, *replaced]))
 
 
 def load_policy(path: Path | str = WEIGHTS_PATH) -> PolicyNetwork:
@@ -379,6 +619,14 @@ def draw_learning_curve(scores: list[float], path: Path) -> None:
     axes.set(title=f"REINFORCE on {ENV_ID}", xlabel="episode", ylabel="score")
     axes.legend()
     axes.figure.savefig(path)
+
+
+def show_in_notebook(picture: Path) -> None:
+    """Display a picture where the script runs in a notebook."""
+    if "ipykernel" in sys.modules:
+        from IPython.display import Image, display
+
+        display(Image(filename=picture))
 
 
 if __name__ == "__main__":
