@@ -195,6 +195,7 @@ def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
     width, height = GIF_SIZE
     folder = Path(GIF_PATH).parent
+    writable = folder.is_dir() and os.access(folder, os.W_OK)
     rules = {
         "HELD_OUT_EPISODES must be at least 1": lesson.HELD_OUT_EPISODES >= 1,
         "ACTION_SEED must be at least 0": ACTION_SEED >= 0,
@@ -203,9 +204,7 @@ def check_settings() -> None:
         "GIF_SIZE must be at least 1 by 1": min(width, height) >= 1,
         "GIF_COLOURS must be from 2 to 256": 2 <= GIF_COLOURS <= 256,
         "GIF_PATH must end in .gif": Path(GIF_PATH).suffix == ".gif",
-        "GIF_PATH must be in a folder that can be written to": os.access(
-            folder, os.W_OK
-        ),
+        "GIF_PATH must be in a writable folder": writable,
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:

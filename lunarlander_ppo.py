@@ -168,9 +168,11 @@ SEED = 0
 # Steps of all copies together. With too few the task is not solved; more only cost
 # time.
 TOTAL_STEPS = 850_000
+
 # Updates between two lines of the table. An update is one turn of the loop: a rollout,
 # and all the gradient steps on it.
 REPORT_EVERY = 10
+
 # Updates between two greedy episodes that are shown while it trains, in a window or,
 # without a display, in one growing GIF. 0: none are shown.
 WATCH_EVERY = 0
@@ -180,6 +182,7 @@ WATCH_EVERY = 0
 # Copies of the environment that are played side by side. With few copies the networks
 # work on small inputs, which is slow. With many, TOTAL_STEPS allows fewer updates.
 NUM_ENVS = 16
+
 # Steps that each copy takes before each update. With too few, most rollouts end before
 # the reward of a landing is seen, and the advantages rest on what the critic predicts.
 # With too many, TOTAL_STEPS allows fewer updates.
@@ -191,43 +194,55 @@ ROLLOUT_STEPS = 256
 # With many, learning takes longer, and the last passes use data that the policy has
 # moved away from.
 EPOCHS = 4
+
 # Rows in one gradient step. Small minibatches make noisy gradients and take longer.
 # With large ones there are too few gradient steps.
 MINIBATCH_SIZE = 512
+
 # Adam's learning rate at the start. If it is too large, the policy settles on a bad
 # habit; if it is too small, TOTAL_STEPS is spent before the agent can land.
 LEARNING_RATE = 2e-3
+
 # Share of LEARNING_RATE that is left at the end. With 0 the last steps average out the
 # noise of the minibatches. In short runs 1 does better: they need the large steps.
 FINAL_RATE = 0.0
+
 # Discount: a reward one step later counts this much less, so the agent looks about
 # 1 / (1 - 0.995) = 200 steps ahead, which is the length of a landing. With a larger
-# value it gains little by landing soon; with a smaller one it does not see the landing
-# from far away. The score itself is not discounted, so a smaller value makes the
-# advantages less noisy but biased, just as a smaller GAE_LAMBDA does.
+# value the agent gains little by landing soon. With a smaller one it does not see the
+# landing from far away. GAMMA also trades bias for variance, as GAE_LAMBDA does: the
+# score is not discounted, so a small GAMMA makes the advantages less noisy but biased.
 GAMMA = 0.995
+
 # With a small value the errors of the critic mislead the actor (bias); near 1 the luck
 # of single episodes does (variance). See `gae`.
 GAE_LAMBDA = 0.98
+
 # How far the ratio may move from 1 before an action is not pushed any further. If it is
 # too small, the policy learns slowly; if too large, the policy outruns its data.
 CLIP_EPS = 0.2
+
 # Weight of the entropy. Too little lets the policy settle before it has tried enough
 # (though runs of 400,000 steps do not show this); with too much it never settles.
 ENTROPY_BONUS = 0.003
+
 # Weight of the critic's loss. Actor and critic share no weights, and the size of Adam's
 # steps does not depend on the scale of the gradient, so this weight does not change how
 # fast the critic learns. It matters only for gradient clipping, which treats both
 # networks as one: with a large weight, the critic's gradient uses up MAX_GRAD_NORM.
 VALUE_WEIGHT = 0.5
+
 # The gradient is scaled down when its norm, over both networks, exceeds this. If it is
 # too small, every gradient is scaled, so that a weak signal counts as much as a strong
 # one; if it is too large, a single unusual minibatch can make a very long step.
 MAX_GRAD_NORM = 0.5
+
 # Rewards are multiplied by this, for learning only, so that returns are of size 1.
 # `ppo_loss` explains what happens otherwise.
 REWARD_SCALE = 0.01
-# Width of both hidden layers. With few units it flies crudely; many are slower.
+
+# Width of both hidden layers. With few units the lander flies crudely; many units make
+# everything slower.
 HIDDEN_UNITS = 64
 
 # So a batch has 16 * 256 = 4,096 rows. 4,096 / 512 = 8 minibatches times 4 epochs make
@@ -593,10 +608,10 @@ def ppo_loss(agent: ActorCritic, batch: dict[str, Tensor]) -> Tensor:
     *Why rewards are scaled.* Unscaled returns reach +-200, but a fresh critic predicts
     values of size 1. Adam moves each weight by about LEARNING_RATE a step, however
     large the error is. So the critic lags behind returns that change as the policy
-    improves: the column `explained` stays between 0.2 and 0.8, and the advantages are
-    to a large part the critic's errors. In addition its gradient becomes some hundred
-    times as long as the actor's, and gradient clipping, which is common to both,
-    shortens the actor's gradient with it. (It is the lag that does the harm: with
+    improves: the column `explained` is then mostly between 0.2 and 0.8, and a large
+    part of the advantages is the critic's error. In addition its gradient becomes some
+    hundred times as long as the actor's, and gradient clipping, which is common to
+    both, shortens the actor's gradient with it. (It is the lag that does the harm: with
     unscaled rewards and no gradient clipping the score is as bad.)
 
     In the worked example the first gradient step, with all six rows, has the loss
@@ -645,8 +660,8 @@ def learn(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: dict) -> 
 def train(agent: ActorCritic, envs: SyncVectorEnv) -> Iterator[tuple[list, dict]]:
     """The algorithm. Each turn of the loop is one update.
 
-    main() prints what it yields: (return, length) of the episodes that ended, and the
-    batch.
+    It yields the (return, length) of each episode that ended, and the batch; main()
+    prints them.
     """
     # 1. `agent` holds the two networks. One optimizer changes both of them (fused: Adam
     # in one call for all weights, where there would be one call for each).
@@ -790,18 +805,16 @@ def check_settings() -> None:
     from_0 = {"ENTROPY_BONUS": ENTROPY_BONUS, "VALUE_WEIGHT": VALUE_WEIGHT}
     from_0 |= {"WATCH_EVERY": WATCH_EVERY, "SEED": SEED}
     paths = {"WEIGHTS_PATH": WEIGHTS_PATH, "CURVE_PATH": CURVE_PATH}
-    batch, seeds = NUM_ENVS * ROLLOUT_STEPS, (SEED + 1) * NUM_ENVS
+    rows, seeds = NUM_ENVS * ROLLOUT_STEPS, (SEED + 1) * NUM_ENVS
     rules = {f"{name} must be at least 1": x >= 1 for name, x in counts.items()}
     rules |= {f"{name} must be from 0 to 1": 0 <= x <= 1 for name, x in shares.items()}
     rules |= {f"{name} must be above 0": 0 < x < math.inf for name, x in sizes.items()}
     rules |= {f"{name} must be at least 0": x >= 0 for name, x in from_0.items()}
-    rules["TOTAL_STEPS must be at least NUM_ENVS * ROLLOUT_STEPS"] = (
-        batch <= TOTAL_STEPS
-    )
+    rules["TOTAL_STEPS must be at least NUM_ENVS * ROLLOUT_STEPS"] = rows <= TOTAL_STEPS
     rules["SEED must be below HELD_OUT_SEED / NUM_ENVS"] = seeds <= HELD_OUT_SEED
     for name, path in paths.items():
-        rule = f"{name} must be in a folder that can be written to"
-        rules[rule] = os.access(Path(path).parent, os.W_OK)
+        folder, rule = Path(path).parent, f"{name} must be in a writable folder"
+        rules[rule] = folder.is_dir() and os.access(folder, os.W_OK)
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         sys.exit(f"Settings: {'; '.join(broken)}.")
