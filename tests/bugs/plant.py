@@ -15,6 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import lessons  # noqa: E402
 from catalogue import BUGS, GAME, TICTACTOE, Bug  # noqa: E402
 from lessons import settings_in, with_settings  # noqa: E402, F401
 
@@ -29,6 +30,11 @@ class Gone(Exception):
 def files_of(lesson: str) -> list[str]:
     """The scripts that a lesson trains with."""
     return [lesson, GAME] if lesson == TICTACTOE else [lesson]
+
+
+def scripts_of(lesson: str) -> list[str]:
+    """All scripts of a lesson, also those that show what was trained."""
+    return next(s for s in (x.scripts for x in lessons.LESSONS.values()) if lesson in s)
 
 
 def lesson_of(bug: Bug) -> str:

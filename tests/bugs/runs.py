@@ -22,12 +22,9 @@ from plant import ROOT, files_of, lesson_of
 def copy_lesson(folder: Path, lesson: str, bug: Bug | None, settings: dict) -> None:
     """Write the lesson with its bug and Settings, and what it needs, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in files_of(lesson):
-        text = (
-            plant.planted(bug)
-            if bug and bug.file == file
-            else (ROOT / file).read_text()
-        )
+    for file in plant.scripts_of(lesson):
+        text = (ROOT / file).read_text()
+        text = plant.planted(bug) if bug and bug.file == file else text
         text = plant.with_settings(text, **settings) if file == lesson else text
         (folder / file).write_text(text)
     for part in ("policy", "reward") if lesson == GRPO else ():
