@@ -15,6 +15,7 @@ For those who change a lesson (NAMES: of bugs, or 1 to 4 for all of a lesson):
     python tests/bugs/museum.py page            writes the pages and their pictures
 """
 
+import ast
 import base64
 import difflib
 import functools
@@ -182,8 +183,8 @@ def check(words: list[str]) -> None:
 def side_by_side(columns: list[str], processes: list) -> list[str]:
     """Print the rows of both runs in one table as they come; gives their last words."""
     first, *others = columns
-    print(" " * 9 + "".join(f"{name:>16}" for name in others))
-    print(f"{first:>9}" + f"{'bug':>8} healthy" * len(others))
+    print(" " * 8 + "".join(f"{name:>16}" for name in others))
+    print(f"{first:>8}" + f"{'bug':>8} healthy" * len(others))
     news, rows, open_, words = queue.Queue(), [[], []], {0, 1}, ["", ""]
 
     def follow(number: int) -> None:
@@ -205,7 +206,7 @@ def side_by_side(columns: list[str], processes: list) -> list[str]:
             pair = [part[shown] if len(part) > shown else None for part in rows]
             place = next(row for row in pair if row).get(first, "")
             cells = ((row or {}).get(name, "-") for name in others for row in pair)
-            print(f"{place:>9}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
+            print(f"{place:>8}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
             shown += 1
     return words
 
@@ -324,11 +325,9 @@ def code_lines(text: str) -> list[tuple[str, int]]:
 def changes(right: str, other: str) -> list[tuple[int, int, str]]:
     """Where a text is not the right one: which code lines of that one, and in words."""
     one, two = code_lines(right), code_lines(other)
-    matcher = difflib.SequenceMatcher(
-        None, *([line for line, _ in x] for x in (one, two))
-    )
+    bare = [[line for line, _ in lines] for lines in (one, two)]
     found = []
-    for tag, a, b, c, d in matcher.get_opcodes():
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, *bare).get_opcodes():
         if tag != "equal":
             first, last = two[min(c, len(two) - 1)][1], two[max(d, 1) - 1][1]
             where = f"line {first}" if d - c == 1 else f"lines {first} to {last}"
@@ -359,8 +358,6 @@ def hint() -> None:
 
 def function_around(text: str, right: str) -> str:
     """The name of the function where two texts begin to differ."""
-    import ast
-
     place = min(a for a, _, _ in changes(right, text))
     line, name = code_lines(right)[place][1], "the code outside of functions"
     for node in ast.walk(ast.parse(right)):
@@ -391,9 +388,8 @@ def solution(word: str = "") -> None:
     left, more = [], []
     for file, text in mine.items():
         healthy = exercise_text(bug, file, False)
-        for a, b, where in (
-            [] if plant.same_code(text, healthy) else changes(healthy, text)
-        ):
+        same = plant.same_code(text, healthy)
+        for a, b, where in [] if same else changes(healthy, text):
             near = any(a <= last and first <= b for first, last in bug_places)
             (left if near and file == bug.file else more).append(f"{where} of {file}")
     if left and not passes_its_tests(bug, mine):
@@ -413,20 +409,15 @@ def passes_its_tests(bug: Bug, mine: dict[str, str]) -> bool:
     tests = results_of(lesson_of(bug))["caught"].get(bug.name, [])
     if not tests:
         return False
-    print(
-        "It is not word for word as in the lesson; its tests will tell ...", flush=True
-    )
+    print("Not word for word as in the lesson: its tests will tell ...", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trial.copy_of_repository(folder)
         for file, text in mine.items():
             code = plant.settings_in((ROOT / file).read_text())
-            for setting in exercise_settings(bug).keys() & code.keys():
-                now = plant.settings_in(text)[setting]
-                text = text.replace(
-                    f"\n{setting} = {now}", f"\n{setting} = {code[setting]}"
-                )
-            (folder / file).write_text(text)
+            names = exercise_settings(bug).keys() & code.keys()
+            usual = {name: ast.literal_eval(code[name]) for name in names}
+            (folder / file).write_text(plant.with_settings(text, **usual))
         return trial.passes(folder, tests)
 
 
