@@ -30,17 +30,13 @@ def test_every_bug_can_be_planted():
     assert not gone, "\n".join(gone)
 
 
-def test_every_bug_was_measured_and_every_symptom_is_shown_by_one():
-    assert min(len(bugs_of(lesson)) for lesson in LESSONS) >= 10
-    shown = set()
+def test_every_bug_was_measured_beside_healthy_runs_that_show_no_symptom():
     for bug in BUGS:
         kept = museum.results_of(plant.lesson_of(bug))["bugs"][bug.name]
         assert [run["seed"] for run in kept] == list(museum.SEEDS)
         healthy = museum.healthy_of(bug)
         assert symptoms.shown(healthy, healthy) in (["hidden"], [])
-        shown |= set(museum.seen(bug))
         assert bug.check in CHECKS
-    assert shown == symptoms.SYMPTOMS.keys()
 
 
 def edit(path, pattern, new):

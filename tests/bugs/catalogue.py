@@ -179,7 +179,7 @@ lines(
 )
 
 
-@function(TICTACTOE, "mask_illegal", "data", "stable-baselines PR 505", "illegal moves")
+@function(TICTACTOE, "mask_illegal", "data", "stable-baselines PR 505")
 def tictactoe_illegal_logits_0(logits, action_mask):
     """'Masked' is taken for 'multiplied by the mask'; but exp(0) = 1."""
     return logits.masked_fill(action_mask == 0, 0.0)  # WRONG
@@ -430,9 +430,7 @@ lines(GRPO, "grpo-reference-is-the-policy", "gradients", "common", "KL 0", KL_CO
     "An assignment copies nothing in Python.",
     ("copy.deepcopy(policy)", "policy"),
 )
-lines(
-    GRPO, "grpo-bfloat16-weights", "gradients", "ml-by-hand PR 85", "no weight moves"
-)(
+lines(GRPO, "grpo-bfloat16-weights", "gradients", "ml-by-hand PR 85")(
     "It halves the memory; but a step of LR is below the weights' resolution.",
     ('"dtype": torch.float32', '"dtype": torch.bfloat16'),
 )
@@ -444,7 +442,7 @@ lines(
 )
 
 
-@function(GRPO, "grpo_loss", "padding", "OpenRLHF PR 1240")
+@function(GRPO, "grpo_loss", "padding", "OpenRLHF PR 1240", "NaN")
 def grpo_padding_times_0(
     log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, kl_coef
 ):

@@ -161,7 +161,9 @@ def diff(bug: Bug) -> list[str]:
     """The lines that differ: with - those of the lesson, with + those of the bug."""
     texts = (ROOT / bug.file).read_text(), planted(bug)
     both = difflib.unified_diff(*(text.splitlines() for text in texts), n=0)
-    return [line for line in list(both)[2:] if not line.startswith("@@")]
+    lines = [line for line in list(both)[2:] if not line.startswith("@@")]
+    indent = min(len(line) - len(line[1:].lstrip()) for line in lines) - 1
+    return [line[0] + line[1 + indent :] for line in lines]
 
 
 def trouble(bug: Bug) -> str:
