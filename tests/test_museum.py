@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from catalogue import BUGS, CHECKS  # noqa: E402
 from plant import LESSONS, bugs_of  # noqa: E402
 
 PLANTABLE = [bug for bug in BUGS if not plant.trouble(bug)]
-BY_LINES = museum.find("lander-value-of-the-reset")
 
 
 def test_every_bug_can_be_planted():
@@ -48,27 +48,31 @@ def edit(path, pattern, new):
 
 @pytest.fixture
 def scratch(tmp_path, monkeypatch):
-    """A copy of lesson 3 that the museum takes for the repository; gives its script."""
-    (tmp_path / LESSONS[2]).write_text((ROOT / LESSONS[2]).read_text())
+    """A copy of the lessons that the museum takes for the repository."""
+    for file in {bug.file for bug in BUGS}:
+        (tmp_path / file).write_text((ROOT / file).read_text())
     monkeypatch.setattr(plant, "ROOT", tmp_path)
-    return tmp_path / LESSONS[2]
+    return tmp_path
 
 
-def test_a_line_that_is_gone_is_said_with_its_entry_and_spoils_no_other_bug(scratch):
-    right, _ = BY_LINES.edits[0]
-    scratch.write_text(f"# {right}\n'''{right}'''\n{scratch.read_text()}")
-    assert not plant.trouble(BY_LINES)  # comments and docstrings are no code
-    edit(scratch, re.escape(right), "another")
-    bugs = [bug for bug in PLANTABLE if bug.file == scratch.name]
-    (said,) = [said for bug in bugs if (said := plant.trouble(bug))]
-    assert all(word in said for word in (BY_LINES.name, right, scratch.name))
+def test_a_line_that_is_gone_is_said_with_its_entry(scratch, monkeypatch):
+    right, wrong = "def main()", "def main(_=0)"
+    bug = replace(museum.find("cartpole-sign"), function="", edits=((right, wrong),))
+    monkeypatch.setattr(plant, "BUGS", [bug])
+    path = scratch / bug.file
+    path.write_text(f"# {right}\n'''{right}'''\n{path.read_text()}")
+    assert not plant.trouble(bug)  # comments and docstrings are no code
+    edit(path, r"def main\(\)", "def another()")
+    said = plant.trouble(bug)
+    assert all(word in said for word in (bug.name, right, bug.file))
+    assert said in pages.page(bug.file)
 
 
 def test_a_bug_in_an_equation_survives_renamed_variables_and_arguments(scratch):
     bug, results = museum.find("lander-sum-runs-across-the-end"), []
     arguments = *torch.rand(3, 4, 4), torch.eye(4), torch.eye(4), 0.9, 0.8
     for old, new in [("", ""), (r"\bnext_advantage\b", "later"), (r"\blam\b", "x")]:
-        edit(scratch, old, new)
+        edit(scratch / bug.file, old, new)
         tree = ast.parse(plant.planted(bug))
         tree.body = [node for node in tree.body if plant.named(node, bug.function)]
         names = {"torch": torch, "Tensor": torch.Tensor}
@@ -93,8 +97,9 @@ def game(tmp_path, monkeypatch):
 
 def test_an_exercise_is_another_bug_each_time_and_tells_nothing(game, capsys):
     last = None
-    for number, level in enumerate(["", "1", "1", "2", "3", "4", "hard", "hard"]):
-        museum.exercise(level, random.Random(number))
+    levels = ["", "", "1", "1", "2", "3", "4", "hard", "hard", "hard", "hard"]
+    for number, level in enumerate(levels):
+        museum.exercise(level, random.Random(number // 2))  # the same dice twice
         bug, _ = museum.the_exercise()
         assert bug.name != last
         assert level != "hard" or "hidden" in museum.seen(bug)

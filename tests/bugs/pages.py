@@ -10,7 +10,7 @@ import symptoms
 from catalogue import CHECKS, Bug
 from matplotlib.figure import Figure
 from museum import healthy_of, seen
-from plant import FACTS, HERE, LESSONS, bugs_of, code_hash, diff, lesson_of
+from plant import FACTS, HERE, LESSONS, bugs_of, code_hash, diff, lesson_of, trouble
 
 
 def middle(runs: list, name: str, form: str) -> str:
@@ -86,7 +86,7 @@ def section(bug: Bug) -> str:
     parts = [
         f"### {number_of(bug)} {bug.name}",
         bug.why + (f" (Measured with {settings}.)" if settings else ""),
-        "```diff\n" + "\n".join(diff(bug)) + "\n```",
+        "```diff\n" + (trouble(bug) or "\n".join(diff(bug))) + "\n```",
         f"![{bug.name}](pictures/{bug.name}.png)",
         f"**Seen:** {'; '.join(map(symptoms.words, keys)) or 'nothing'}.",
         apart(bug),
