@@ -331,7 +331,7 @@ def changes(right: str, other: str) -> list[tuple[int, int, str]]:
         if tag != "equal":
             first, last = two[min(c, len(two) - 1)][1], two[max(d, 1) - 1][1]
             where = f"line {first}" if d - c == 1 else f"lines {first} to {last}"
-            where = f"after line {last}, where code is missing" if c == d else where
+            where = f"after line {last} (a line is missing)" if c == d else where
             found.append((a, b, where))
     return found
 
@@ -349,8 +349,8 @@ def hint() -> None:
     elif number == 2:
         print(f"Hint 2: it is in {function_around(text, right)} of {file}.")
     elif number == 3:
-        where = ", ".join(words for _, _, words in changes(right, text))
-        print(f"Hint 3: {where} of {file}, as it was written.")
+        where = "; ".join(words for _, _, words in changes(right, text))
+        print(f"Hint 3: look at {file}, {where} (as it was written).")
     else:
         sys.exit(f"There is no other hint. To see the bug: {ME} solution show")
     remember(**facts | {"hints": number})

@@ -158,10 +158,11 @@ def wrong_body(bug: Bug) -> list[str]:
 
 
 def diff(bug: Bug) -> list[str]:
-    """The lines that differ: with - those of the lesson, with + those of the bug."""
+    """The lines that differ, - those of the lesson, + those of the bug, and code near."""
     texts = (ROOT / bug.file).read_text(), planted(bug)
-    both = difflib.unified_diff(*(text.splitlines() for text in texts), n=0)
-    lines = [line for line in list(both)[2:] if not line.startswith("@@")]
+    both = list(difflib.unified_diff(*(text.splitlines() for text in texts), n=1))[2:]
+    near = re.compile(r"[+-]| +[^ #\"]")  # no comments, no ends of docstrings
+    lines = [line for line in both if near.match(line)]
     indent = min(len(line) - len(line[1:].lstrip()) for line in lines) - 1
     return [line[0] + line[1 + indent :] for line in lines]
 
