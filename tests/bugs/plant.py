@@ -158,7 +158,7 @@ def wrong_body(bug: Bug) -> list[str]:
 
 
 def diff(bug: Bug) -> list[str]:
-    """The lines that differ, - those of the lesson, + those of the bug, and code near."""
+    """The lines that differ, - in the lesson, + with the bug, and the code beside them."""
     texts = (ROOT / bug.file).read_text(), planted(bug)
     both = list(difflib.unified_diff(*(text.splitlines() for text in texts), n=1))[2:]
     near = re.compile(r"[+-]| +[^ #\"]")  # no comments, no ends of docstrings
