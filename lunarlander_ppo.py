@@ -130,7 +130,8 @@ Where this differs from the papers (PPO: arXiv 1707.06347, GAE: arXiv 1506.02438
     those of the lander are of size 1 already.
     They let actor and critic share layers; that makes no clear difference here, and
     then VALUE_WEIGHT matters. Like lesson 1, this script leaves out the factor gamma^t
-    of the exact gradient.
+    of the exact gradient. (The last exponent in PPO's equation (11), T-t+1, is a
+    misprint for T-t-1.)
 """
 
 if __name__ == "__main__":
@@ -412,7 +413,7 @@ def gae(
     A_t     = delta_t + gamma * lam * (1 - ended_t) * A_{t+1}
 
     These are PPO's equations (12) and (11), computed backwards, with the ends of
-    episodes added. (The last exponent of (11), T-t+1, is a misprint for T-t-1.)
+    episodes added.
 
     Before the step, the critic predicted the return V(s_t). After it, r_t + gamma *
     V(s_{t+1}) is a better prediction of the same return, because one of its rewards is
