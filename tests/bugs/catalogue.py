@@ -438,7 +438,7 @@ lines(
     GRPO, "grpo-accumulation-not-divided", "one batch", "NeMo-RL#84", MICRO_BATCH_SIZE=2
 )(
     "backward() adds up, the mean over the parts is one's own business.",
-    ('batch["share"] * loss', "loss"),
+    ('(batch["share"] * loss).backward()', "loss.backward()"),
 )
 
 

@@ -158,7 +158,7 @@ def wrong_body(bug: Bug) -> list[str]:
 
 
 def diff(bug: Bug) -> list[str]:
-    """The lines that differ, - in the lesson, + with the bug, and the code beside them."""
+    """The lines that differ (- lesson, + bug), and a line of code beside them."""
     texts = (ROOT / bug.file).read_text(), planted(bug)
     both = list(difflib.unified_diff(*(text.splitlines() for text in texts), n=1))[2:]
     near = re.compile(r"[+-]| +[^ #\"]")  # no comments, no ends of docstrings
