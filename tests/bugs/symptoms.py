@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Callable
 
 Run = dict  # the figures of one run, see runs.py
-Rule = Callable[[Run, list[Run]], bool]  # gets a run and the healthy runs beside it
 
 
 def middle(runs: list[Run], name: str) -> float:
@@ -34,50 +33,51 @@ def flat(run: Run, healthy: list[Run]) -> bool:
     return constant or level(run["best"], healthy) < 0.2 and not falls(run, healthy)
 
 
-def rises_and_falls_back(run: Run, healthy: list[Run]) -> bool:
+def falls_back(run: Run, healthy: list[Run]) -> bool:
     best, last = level(run["best"], healthy), level(run["end"], healthy)
     return best > 0.25 and last < best - 0.25
 
 
 def good(run: Run, healthy: list[Run]) -> bool:
     """No worse than the worst healthy run, but for 3 % of what there is to learn."""
-    worst = min(each["end"] for each in healthy)
-    scale = abs(middle(healthy, "end") - middle(healthy, "start"))
-    return run["end"] >= worst - 0.03 * scale
+    worst = min(level(each["end"], healthy) for each in healthy)
+    return level(run["end"], healthy) >= worst - 0.03
 
 
 def below(run: Run, healthy: list[Run]) -> bool:
-    others = flat, falls, rises_and_falls_back, good
-    return not any(rule(run, healthy) for rule in others)
+    return not any(rule(run, healthy) for rule in (flat, falls, falls_back, good))
 
 
 def hidden(run: Run, healthy: list[Run]) -> bool:
     latest = max(each["budget used"] for each in healthy)
     in_time = run["budget used"] <= 1.5 * latest
-    return good(run, healthy) and run.get("lines lost", 0) == 0 and in_time
+    return in_time and good(run, healthy) and not run.get("lines lost")
 
 
-def evaluated(run: Run, healthy: list[Run]) -> float:
+def gain(run: Run, healthy: list[Run]) -> float:
     """How much better it is evaluated than trained, if healthy runs have 0."""
-    scale = middle(healthy, "end") - middle(healthy, "start")
     usual = middle(healthy, "greedy") - middle(healthy, "end")
-    return (run.get("greedy", run["end"] + usual) - run["end"] - usual) / scale
-
-
-def halfway(run: Run, healthy: list[Run]) -> float:
-    """Where on its axis a run has half of what there is to learn; infinite: never."""
-    points = zip(run["x"], run["y"], strict=True)
-    return min((x for x, y in points if level(y, healthy) > 0.5), default=math.inf)
+    evaluated = run.get("greedy", run["end"] + usual) - usual
+    return level(evaluated, healthy) - level(run["end"], healthy)
 
 
 def later(run: Run, healthy: list[Run]) -> bool:
-    latest = max(halfway(each, healthy) for each in healthy)
-    return 1.3 * latest < halfway(run, healthy) < math.inf
+    """Is half of what there is to learn reached later than in the healthy runs?"""
+    places = []
+    for each in [run, *healthy]:
+        points = zip(each["x"], each["y"], strict=True)
+        half = [x for x, y in points if level(y, healthy) > 0.5]
+        places.append(min(half, default=math.inf))
+    return 1.3 * max(places[1:]) < places[0] < math.inf
 
 
 def entropy_gone(run: Run, healthy: list[Run]) -> bool:
     early = run["entropy early"] < 0.4 * middle(healthy, "entropy early")
     return early or run["entropy"] < 0.2 * middle(healthy, "entropy")
+
+
+def entropy_slow(run: Run, healthy: list[Run]) -> bool:
+    return run["entropy early"] > 1.15 * max(each["entropy early"] for each in healthy)
 
 
 def entropy_stays(run: Run, healthy: list[Run]) -> bool:
@@ -106,12 +106,11 @@ def loss_not_0(run: Run, healthy: list[Run]) -> bool:
     return not first < 0.01 and abs(middle(healthy, "first loss")) < 0.01
 
 
-def gradient_other(run: Run, healthy: list[Run]) -> bool:
-    usual = middle(healthy, "first gradient")
-    return usual > 0 and not 0.6 < run.get("first gradient", usual) / usual < 1.67
+def never_ends(run: Run, healthy: list[Run]) -> bool:
+    return run.get("cut off", 0) > middle(healthy, "cut off") + 0.25
 
 
-def times(name: str, low: float = -math.inf, high: float = math.inf) -> Rule:
+def outside(name: str, low: float = -math.inf, high: float = math.inf) -> Callable:
     """Is a figure below `low` or above `high` times the healthy median?"""
 
     def rule(run: Run, healthy: list[Run]) -> bool:
@@ -121,61 +120,54 @@ def times(name: str, low: float = -math.inf, high: float = math.inf) -> Rule:
     return rule
 
 
-def zero(name: str) -> Rule:
-    """Is a figure exactly 0 that is above 0 in healthy runs?"""
-    return lambda run, healthy: run.get(name, 1) == 0 and middle(healthy, name) > 0
-
-
-def entropy_slow(run: Run, healthy: list[Run]) -> bool:
-    return run["entropy early"] > 1.15 * max(each["entropy early"] for each in healthy)
-
-
-def never_ends(run: Run, healthy: list[Run]) -> bool:
-    return run.get("cut off", 0) > middle(healthy, "cut off") + 0.25
-
-
 # In the order of the pages: what one sees first comes first.
-SYMPTOMS: dict[str, tuple[str, Rule]] = {
+SYMPTOMS: dict[str, tuple[str, Callable]] = {
     "falls": ("The score falls below that of an untrained agent", falls),
     "flat": ("The score stays where it was", flat),
-    "rises and falls back": ("The score rises and falls back", rises_and_falls_back),
+    "rises and falls back": ("The score rises and falls back", falls_back),
     "below": ("The score rises, but not to where it should", below),
     "later": ("It learns, but clearly later", later),
     "hidden": ("The curve shows nothing: as good as the healthy runs", hidden),
-    "seeds differ": ("Some seeds work, others do not", lambda run, healthy: False),
+    "seeds differ": ("Some seeds work, others do not", lambda *_: False),
     "bad in evaluation": (
         "Evaluated, it scores far worse than in training",
-        lambda run, healthy: evaluated(run, healthy) < -0.25,
+        lambda *runs: gain(*runs) < -0.25,
     ),
     "better in evaluation": (
         "Evaluated, it scores far better than in training",
-        lambda run, healthy: evaluated(run, healthy) > 0.25,
+        lambda *runs: gain(*runs) > 0.25,
     ),
     "entropy 0": ("Entropy falls far too soon, or to almost nothing", entropy_gone),
     "entropy high": (
         "Entropy is far too high from the first step",
-        times("entropy first", high=1.5),
+        outside("entropy first", high=1.5),
     ),
     "entropy slow": ("Entropy falls more slowly than usual", entropy_slow),
     "entropy stays": ("Entropy ends far above the usual", entropy_stays),
-    "ratio 1": ("The ratio never leaves 1: nothing is ever clipped", zero("clipped")),
+    "ratio 1": (
+        "The ratio never leaves 1: nothing is ever clipped",
+        outside("clipped", low=1e-9),
+    ),
     "clipped": ("Far more is clipped than usual", clipped_much),
-    "KL 0": ("KL is 0 for ever", zero("KL")),
-    "KL large": ("KL is more than twice as large as usual", times("KL", high=2)),
+    "KL 0": ("KL is 0 for ever", outside("KL", low=1e-9)),
+    "KL large": ("KL is more than twice as large as usual", outside("KL", high=2)),
     "critic blind": (
         "Explained variance near 0, or below",
-        lambda run, healthy: run.get("explained", 1) < 0.3,
+        lambda run, _: run.get("explained", 1) < 0.3,
     ),
     "loss": ("The actor's loss stays far from 0", loss_away),
     "loses lines": (
         "It wins, but some lines of play are lost",
-        lambda run, healthy: run.get("lines lost", 0) > 0,
+        lambda run, _: run.get("lines lost", 0) > 0,
     ),
     "one seat": ("It plays worse from one seat only", one_seat),
     "never ends": ("Responses do not learn to end", never_ends),
-    "shorter": ("Episodes are shorter than usual", times("length", low=0.8)),
+    "shorter": ("Episodes are shorter than usual", outside("length", low=0.8)),
     "first loss": ("The loss of the first step is not 0", loss_not_0),
-    "gradient": ("The first gradient is much longer or shorter", gradient_other),
+    "gradient": (
+        "The first gradient is much longer or shorter",
+        outside("first gradient", low=0.6, high=1.67),
+    ),
 }
 
 
@@ -187,13 +179,12 @@ def words(key: str) -> str:
 
 def shown(runs: list[Run], healthy: list[Run]) -> list[str]:
     """The symptoms that more than half of the runs show."""
+    found = []
+    for name, (_, rule) in SYMPTOMS.items():
+        if 2 * sum(rule(run, healthy) for run in runs) > len(runs):
+            found.append(name)
     levels = [level(run["end"], healthy) for run in runs]
-    differ = max(levels) > 0.85 and min(levels) < 0.5
-    found = [
-        name
-        for name, (_, rule) in SYMPTOMS.items()
-        if 2 * sum(rule(run, healthy) for run in runs) > len(runs)
-        or (name == "seeds differ" and differ)
-    ]
+    if max(levels) > 0.85 and min(levels) < 0.5:
+        found.append("seeds differ")
     # What is learned clearly later can be seen in the curve, whatever its end.
     return [name for name in found if name != "hidden" or "later" not in found]
