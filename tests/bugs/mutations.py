@@ -1,35 +1,34 @@
 """Change the equations of the lessons, one operator at a time: does a test notice?
 
-    python tests/bugs/mutations.py            all four lessons, about half an hour
+    python tests/bugs/mutations.py            all four lessons
     python tests/bugs/mutations.py cartpole   those whose test file has this in its name
 
-Every function under "The equations" is changed in one place: + to -, * to /, < to <=,
-max to min, mean to sum, a sign dropped, a constant or an index plus one, a call such as
-.detach() or .clamp() left out. A change is killed if a test of its lesson fails. Needs
-os.fork (Linux, macOS): the libraries are imported once, each mutant runs in a fork.
+Each of EQUATIONS is changed in one place: + to -, * to /, < to <=, max to min, mean to
+sum, a sign dropped, a constant or an index plus one, a call such as .detach() or
+.clamp() left out. A change is killed if a test of its lesson fails; the fastest are
+tried first. Needs os.fork (Linux, macOS).
 """
 
 import ast
 import copy
 import json
-import os
-import signal
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import museum
+import trial
 from catalogue import CARTPOLE, GRPO, LANDER, TICTACTOE
+from plant import FACTS, HERE, ROOT
 
-RESULTS = museum.HERE / "results" / "mutations.json"
-TESTS = {
-    CARTPOLE: "test_cartpole.py",
-    TICTACTOE: "test_tictactoe.py",
-    LANDER: "test_lunarlander.py",
-    GRPO: "test_grpo.py",
+RESULTS = HERE / "results" / "mutations.json"
+EQUATIONS = {
+    CARTPOLE: "returns_to_go subtract_mean reinforce_loss",
+    TICTACTOE: "mask_illegal subtract_values actor_loss entropy_bonus critic_loss",
+    LANDER: "gae normalise log_probs_and_entropy clipped_surrogate_loss",
+    GRPO: "group_advantages completion_mask completion_log_probs kl_estimate grpo_loss",
 }
-LIMIT = 300  # seconds; a mutant that never ends is killed
 
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 OPERATORS |= {ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr}
@@ -119,35 +118,20 @@ class Mutate(ast.NodeTransformer):
         return node
 
 
-def equations(script: str) -> list[str]:
-    """The names of the functions under "The equations"."""
-    page = (museum.ROOT / script).read_text()
-    lines = page.splitlines()
-    banners = [i for i, line in enumerate(lines, 1) if line.startswith("# ---")]
-    first = lines.index("# The equations") + 1
-    last = [i for i in banners if i > first + 1][0]
-    return [
-        node.name
-        for node in ast.parse(page).body
-        if isinstance(node, ast.FunctionDef) and first < node.lineno < last
-    ]
-
-
 def mutants(script: str) -> list[tuple[str, str, str]]:
     """Each change of a script: function, what was changed, the text of the script."""
-    page = (museum.ROOT / script).read_text()
-    tree, found = ast.parse(page), []
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    for function in functions:
-        if function.name not in equations(script):
-            continue
+    page, found = (ROOT / script).read_text(), []
+    functions = {getattr(node, "name", ""): node for node in ast.parse(page).body}
+    for name in EQUATIONS[script].split():
+        if name not in functions:
+            sys.exit(f"{script} has no function {name} any more: see EQUATIONS")
         for number in range(1_000):
             mutate = Mutate(number)
-            for line in function.body[1:]:  # not the docstring
+            for line in functions[name].body[1:]:  # not the docstring
                 mutate.visit(copy.deepcopy(line))
             if mutate.change is None:
                 break
-            found.append((function.name, mutate.change, changed(page, mutate)))
+            found.append((name, mutate.change, changed(page, mutate)))
     return found
 
 
@@ -162,67 +146,31 @@ def changed(page: str, mutate: Mutate) -> str:
     return text
 
 
-def survives(folder: Path, test: str) -> bool:
-    """Do all tests of the file pass? In a fork, which has the libraries already."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(LIMIT)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1), os.dup2(nowhere, 2)
-        os.chdir(folder)
-        sys.dont_write_bytecode = True
-        import pytest
-
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder)]
-        os._exit(int(pytest.main([*options, f"tests/{test}"])))
-    return os.waitpid(child, 0)[1] == 0
-
-
 def main() -> None:
     """Try every mutant of the lessons that are asked for; keep what survives."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"scripts": {}}
+    trial.import_libraries()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        museum.copy_of_repository(folder)
-        sys.path[:0] = [name, f"{name}/tests"]
-        import_libraries()
-        for script, test in TESTS.items():
-            if word not in test:
-                continue
+        trial.copy_of_repository(folder)
+        for script in [each for each in FACTS if word in FACTS[each]["tests"]]:
             found, alive = mutants(script), []
-            assert survives(folder, test), f"{test} fails without a change"
+            seconds = trial.seconds_of(folder, script)
             for function, change, text in found:
                 (folder / script).write_text(text)
-                if survives(folder, test):
-                    because = BECAUSE.get(change, "Not explained.")
-                    alive.append(
-                        {"function": function, "change": change, "because": because}
-                    )
-                    print(f"survives: {script} {function}: {change}", flush=True)
-            (folder / script).write_text((museum.ROOT / script).read_text())
+                if trial.run_tests(folder, script, seconds, "-x")[0]:
+                    continue
+                because = BECAUSE.get(change, "Not explained.")
+                facts = {"function": function, "change": change, "because": because}
+                alive.append(facts)
+                print(f"survives: {script} {function}: {change}", flush=True)
+            shutil.copy(ROOT / script, folder)
             killed = len(found) - len(alive)
             print(f"{script}: {killed} of {len(found)} killed", flush=True)
-            kept["scripts"][script] = {
-                "mutants": len(found),
-                "killed": killed,
-                "survivors": alive,
-            }
+            facts = {"mutants": len(found), "killed": killed, "survivors": alive}
+            kept["scripts"][script] = facts
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-
-
-def import_libraries() -> None:
-    """What every test imports, once for all forks; the lessons are not among it."""
-    import accelerate  # noqa: F401
-    import gymnasium  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import pygame  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":
