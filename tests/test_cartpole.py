@@ -237,7 +237,6 @@ def test_logits_of_either_sign_come_out_and_every_weight_gets_a_gradient():
     assert (first.weight.grad != 0).all() and (last.weight.grad[0] != 0).all()
 
 
-
 def test_every_step_of_an_episode_is_kept_and_none_after_its_end():
     torch.manual_seed(0)
     policy = lesson.PolicyNetwork(16)
