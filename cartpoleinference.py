@@ -119,7 +119,7 @@ def show(policy: PolicyNetwork, title: str, film: list, stop: list) -> str:
     steps, frames = play_one_episode(policy, env, title, stop)
     env.close()
     if steps is None:
-        return "Stopped."
+        return "Stopped the episode."
     for frame in frames[::GIF_EVERY]:
         picture = Image.fromarray(frame).resize(GIF_SIZE)
         ImageDraw.Draw(picture).text((6, 4), title, fill="black")

@@ -25,7 +25,7 @@ The algorithm in 5 steps
     lasted 475 steps on average. But in training actions are sampled, and even a good
     policy then makes a bad push now and then. Therefore we go on until the policy is
     also *perfect*: playing *greedily*, that is, always taking the most likely action,
-    it keeps the pole up for the full 500 steps in 1,000 episodes out of 1,000. In the
+    it keeps the pole up for the full 500 steps in 1,000 episodes out of 1,000. At the
     end the policy is measured once more, on *held-out* episodes: 100 episodes whose
     random starts were used neither in training nor to decide when to stop.
 
@@ -63,8 +63,8 @@ Try this (three seeds each, with MAX_EPISODES = 1_500)
     |                           | 138 and 158.                                         |
     | EPISODES_PER_UPDATE = 1,  | All become perfect, after 376 episodes in the        |
     | LEARNING_RATE = 0.01      | median. That takes 34 seconds, because an update     |
-    |                           | that plays 1 episode runs as long as one that plays  |
-    |                           | 16 side by side.                                     |
+    |                           | with 1 episode takes about as long as one with 16    |
+    |                           | side by side, and 376 updates are needed, not 23.    |
 
 When it goes wrong
     * The loss jumps around 0, and does not fall. This is normal: see `reinforce_loss`.
@@ -83,9 +83,10 @@ Another task
     * FULL_SCORE = -500, the lowest score there is: every policy then counts as perfect,
       and the run ends as soon as the task is solved (-100 on average)
     * LEARNING_RATE = 0.005, SEED = 1
-    and it is solved after 800 episodes. With SEED = 0 it is not: as long as no episode
-    reaches the goal, all scores are -500, and there is nothing to learn from. To show
-    the agent, change the 2 in `random_policy` of cartpoleinference.py to 3.
+    and it is solved after 800 episodes. It takes some luck: with SEED = 0, none of the
+    first 1,200 episodes reaches the goal, so that all scores are -500, and there is
+    nothing to learn from. To show the agent, change the 2 in `random_policy` of
+    cartpoleinference.py to 3.
 
 Where this differs from the book (Sutton & Barto, *Reinforcement Learning*, 2nd edition,
 chapter 13, free at incompleteideas.net), and why
@@ -152,12 +153,12 @@ SEED = 0
 # Training episodes after which the run gives up if the policy is not perfect by then.
 MAX_EPISODES = 4_000
 
-# Greedy episodes in which a perfect policy must reach FULL_SCORE. With 100 episodes, a
-# policy that falls once in 200 would mostly pass; more than 1,000 take longer.
+# Greedy episodes that must all reach FULL_SCORE for a policy to count as perfect. With
+# 100, a policy that falls once in 200 episodes would mostly pass; more take longer.
 CHECK_EPISODES = 1_000
 
-# Held-out episodes, and the seed of their random starts. With few episodes the final
-# score is less exact.
+# Held-out episodes, and the seed of their random starts (those of the check have the
+# seed one below). With few episodes the final score is less exact.
 HELD_OUT_EPISODES = 100
 HELD_OUT_SEED = 1_000_000
 
