@@ -1,113 +1,198 @@
 """Lesson 2: an actor-critic that teaches itself tic-tac-toe, until it never loses.
 
 What you will learn
-    What a critic is for, and how a learner can be its own teacher: no example games, no
-    search, and no opponent but an older copy of itself. The game is tictactoe_env.py.
+    What a critic is for, and how an agent can be its own teacher: it sees no example
+    games, it does not search ahead, and its only opponent is an older copy of itself,
+    some of whose moves are random. The game is tictactoe_env.py. The lesson follows
+    lesson 1, train_cartpole.py, where the policy gradient is derived slowly; what is
+    needed of it is derived here again.
+
+Four words for two networks
+    The *actor* is a network that gives each move a probability: the policy. The
+    *critic* is a network that predicts how a game will end. In training, the actor
+    plays against the *opponent*, a frozen copy of an older actor; the actor's side of
+    such a game is called the *learner*, and its moves are sampled. The *agent* is the
+    actor when it plays in earnest: *greedily*, that is, always its most likely move.
 
 The algorithm in 7 steps
-    1. Start from an actor (the policy: how likely is each move?) and a critic (how will
-       the game end?) that know nothing. The opponent is a frozen copy of the actor.
-    2. Play many whole games against it. The actor (the *learner*) moves first in half.
-       Each game has its own chance that a move of the opponent is random, 0 to 1/2.
-    3. Give each move of the learner its return: +1 for a game won, 0 drawn, -1 lost. A
-       bad move in a won game gets +1 too; over many games the good ones get it more.
-    4. Subtract what the critic expected. What is left is the advantage of the move.
+    1. Start from an actor and a critic that know nothing. The opponent is a frozen copy
+       of the actor.
+    2. Play many whole games against the opponent. The learner moves first in every
+       second game. In each game, some moves of the opponent are random.
+    3. Give each move of the learner its *return*: +1 if the game was won, 0 if it was
+       drawn, -1 if it was lost. A bad move in a won game gets +1 too, but over many
+       games the good moves get it more often.
+    4. Subtract what the critic expected in that position. What is left is the
+       *advantage* of the move.
     5. Take one gradient step. The actor makes moves with a positive advantage more
-       likely, and gets a bonus for variety (entropy); the critic moves its expectation
-       towards the returns. The bonus and the size of the steps shrink with time.
-    6. Every REFRESH_EVERY updates the opponent becomes a copy of what the actor is now.
-    7. Repeat from 2, at least NUM_UPDATES times, until the agent (the actor's likeliest
-       move) loses no *line of play*: no game that an opponent can bring about. Save.
+       likely, and gets a bonus for playing many different moves (for its *entropy*).
+       The critic moves its predictions towards the returns. The bonus and the learning
+       rate shrink with time.
+    6. Every REFRESH_EVERY updates, the opponent becomes a copy of the present actor.
+    7. Repeat from step 2. After NUM_UPDATES updates, stop as soon as the agent cannot
+       be beaten: whatever an opponent does, it never loses.
+    The function `train` is these seven steps and nothing else. A reader who stops at
+    its end has read the whole algorithm. Below it stands how step 7 can know that the
+    agent cannot be beaten, and then only housekeeping.
 
-Symbols (T steps of one move each; N games side by side; B moves of the learner in all)
-    s_t         observations   (T, N, 9)  stones: +1 side to move, -1 other side, 0 none
+Symbols
+    N games are played side by side. A *step* is one move of one side, and the longest
+    of the games has T steps. B is the number of moves of the learner in all games.
+    s_t         observations   (T, N, 9)  the board as the side to move sees it: +1 is
+                                          its own mark, -1 the other's, 0 an empty cell
     a_t         actions        (T, N)     the cell that was taken, 0 to 8
     -           learner_moved  (T, N)     True for the B moves of the learner
     G_t         returns        (B,)       how the game ended for the learner
-    V(s_t)      values         (B,)       what the critic expects G_t to be
+    V(s_t)      values         (B,)       the critic's prediction of G_t
     A_t         advantages     (B,)       G_t - V(s_t)
     ln pi(a|s)  log_probs      (B,)       log-probability of the move that was made
 
-Where this differs from the book (Sutton & Barto, 2nd ed., chapter 13), and why
-    * We wait for the end of a game (gamma = 1): "REINFORCE with baseline" (13.4). The
-      book's actor-critic (13.5; lesson 3) puts V(s_{t+1}) in place of later rewards.
-    * An entropy bonus, as in A3C (Mnih et al., 2016), so that no branch is forgotten.
-
-Run it, and what you should see (what goes wrong: tests/bugs/)
+Run it, and what you should see
     python tictactoe_actorcritic.py     12 seconds on one core of a server CPU, no GPU
-    Seeds 0-9 lose no line of play. Against random play each wins 98.96 % moving first,
-    91.64 % second; at most 99.48, 91.64 without risking a loss. Seed 0 (lost: lines):
+    It prints a table. "wins" are the agent's wins in % against random moves, when it
+    moves first and when it moves second. "lost" counts the ways in which an opponent
+    can still beat it. For SEED = 0, three of the rows are
         wins 1st  wins 2nd  lost 1st  lost 2nd  updates  entropy (nats)      loss
             95.8      84.6         6        81       50           1.431   -0.0900
             98.7      91.5         0         2      200           0.985   -0.0784
             99.0      91.6         0         0      800           0.582    0.0114
+    Each of the seeds 0 to 9 ends after 800 updates with an agent that cannot be beaten.
+    Against random moves, each wins 98.96 % of the games in which it moves first and
+    91.64 % of the others. The most that a player can win without ever taking the risk
+    of a loss is 99.48 % and 91.64 % (tictactoe_eval.py computes these bounds).
 
-Try this (medians of seeds 0-2; the Settings say why)
-    * ENTROPY_BONUS = 0.0: 143 lines of play are lost after 1,600 updates.
-    * MAX_RANDOM_CHANCE = 0.0: none is lost, but the wins fall to 94.8 and 80.4 %.
-    * REFRESH_EVERY = 2_000 (never): 92.6 % wins moving second, but 8 lines are lost.
+Try this (medians of seeds 0 to 2)
+    | Change                   | What happens                                          |
+    |--------------------------|-------------------------------------------------------|
+    | ENTROPY_BONUS = 0.0      | After 1,600 updates, an opponent still has 143 ways   |
+    |                          | to win.                                               |
+    | MAX_RANDOM_CHANCE = 0.0  | The agent cannot be beaten, but it wins only 94.8 and |
+    |                          | 80.4 % against random moves.                          |
+    | REFRESH_EVERY = 2_000    | The opponent stays a beginner for ever. The agent     |
+    |                          | wins 92.6 % moving second, more than the bound above, |
+    |                          | by taking risks: an opponent has 8 ways to win.       |
+
+When it goes wrong
+    * The loss jumps around 0 and does not fall. This is normal: see `actor_loss`.
+    * The loss stays far from 0. The actor does not subtract what the critic expects, or
+      the critic does not learn to expect the returns.
+    * The entropy is near 0 after a few rows. The sign of the bonus is wrong, the mask
+      is missing in the loss, or the learning rate is too large.
+    * The wins fall below those of the first row. The reward was given to the wrong
+      side: after a step it is the other side's turn, but the reward is the mover's.
+    * The agent learns one seat only ("wins 1st" or "wins 2nd" stays low). The board is
+      not turned round for the second player, or the learner always moves first.
+    * tests/bugs/README.md shows many more mistakes, and by what each can be recognised.
+
+Another task
+    Any game for two players can take the place of tic-tac-toe if one of them wins what
+    the other loses, and if both see the whole board. tictactoe_env.py says which of its
+    lines hold the rules, and has a game that you can try at once. This file takes from
+    it ENV_ID, the number CELLS of inputs and of possible moves, which is also the
+    longest possible game, and the functions `legal_moves` and `play_moves`. If your
+    game has so many ways to play that they cannot all be tried, replace the check in
+    main() by a number of games against a strong player.
+
+Where this differs from the book (Sutton & Barto, *Reinforcement Learning*, 2nd edition,
+chapter 13, free at incompleteideas.net), and why
+    * Is this an actor-critic? We wait for the result of the game, and the critic only
+      supplies the baseline V(s_t). The book calls this "REINFORCE with baseline"
+      (section 13.4). It keeps the name actor-critic for methods that do not wait: they
+      replace the rewards still to come by the critic's prediction, so that the return
+      becomes r_t + gamma V(s_{t+1}) (section 13.5, and lesson 3). Most programs call
+      both actor-critic, and so do we. Waiting costs little in a game of nine moves.
+    * We add an entropy bonus, as A3C does (Mnih et al., 2016, arXiv 1602.01783), so
+      that no move is given up too early.
 """
 
+if __name__ == "__main__":
+    print("Loading PyTorch and Gymnasium ...", flush=True)  # importing takes seconds
+
+import contextlib
 import copy
 import hashlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Categorical
+from tqdm.auto import tqdm
 
-from tictactoe_env import legal_moves, play_moves
+from tictactoe_env import CELLS, legal_moves, play_moves
 
 # ------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------
 
-# What to run
 ENV_ID = "TicTacToe-v0"  # registered by tictactoe_env
-SEED = 0  # below 500,000; same seed, machine and versions: same weights, bit for bit
 
-# Budget
-NUM_UPDATES = 800  # at least so many; LEARNING_RATE and ENTROPY_BONUS shrink meanwhile
-MAX_UPDATES = 1_600  # if a line of play is still lost after these, stop with status 1
-REPORT_EVERY = 50  # updates between two checks of every line of play
+# Games that are played before each gradient step. The learner makes about four moves in
+# a game, so a gradient is a mean over about 2,000 moves. With more games it is less
+# noisy, but each update takes longer. It must be at least 2: in half of the games the
+# learner moves first.
+GAMES_PER_UPDATE = 512
 
-# Algorithm
-GAMES_PER_UPDATE = 512  # more is steadier but slower; in half the learner moves first
-REFRESH_EVERY = 20  # updates between two new opponents; never: it learns to gamble on
-#                     a beginner's blunders
-MAX_RANDOM_CHANCE = 0.5  # the largest chance of a random move in step 2; 0: too few
-#                          blunders are seen to learn how each is punished
-LEARNING_RATE = 0.01  # size of Adam's first steps; too small needs more updates
-ENTROPY_BONUS = 0.25  # of a nat (a won game is 1); too little: whole branches of the
-#                       game are never tried again
-LAST_SHARE = 0.05  # share of both that is left after NUM_UPDATES; 1: they never shrink
-HIDDEN_UNITS = 64  # width of both hidden layers
-# Hence an update is one gradient step on about 2,000 moves, 4 of the learner in a game.
+# Updates from one new opponent to the next. If the opponent is renewed too rarely, the
+# actor learns to beat one weak player, and to rely on the mistakes of this player.
+REFRESH_EVERY = 20
 
-# Files, written beside this script
+# In each game, a random number from 0 to MAX_RANDOM_CHANCE is the probability that a
+# move of the opponent is random. With 0, the learner sees too few mistakes to learn how
+# each of them is punished. Section "Step 2" says what a large one does.
+MAX_RANDOM_CHANCE = 0.5
+
+# Step size of Adam at the start. If it is too small, learning takes more updates. If it
+# is too large, the policy becomes certain of moves that it has hardly tested.
+LEARNING_RATE = 0.01
+
+# What one nat of entropy is worth at the start, on the scale of the results: a win is
+# worth 1. If the bonus is too small, the actor stops trying whole branches of the game.
+# If it is too large, the actor plays many moves that it knows to be bad.
+ENTROPY_BONUS = 0.25
+
+# The learning rate and the bonus shrink evenly until NUM_UPDATES updates are done, but
+# not below this share of what they were at the start. With 1 they never shrink.
+LAST_SHARE = 0.05
+
+# Width of the two hidden layers of each network. With very few units, a network cannot
+# tell all positions apart; more units than needed cost time in each update.
+HIDDEN_UNITS = 64
+
+# The seed of all random numbers. On the same machine and with the same versions, the
+# same seed gives the same weights, bit for bit.
+SEED = 0
+
+# Updates (turns of the loop in `train`) that are made at least, and those after which
+# the run gives up if the agent can still be beaten.
+NUM_UPDATES = 800
+MAX_UPDATES = 1_600
+
+# Updates from one printed row to the next. For each row, the agent is tested.
+REPORT_EVERY = 50
+
+# The files that are written, beside this script.
 ACTOR_PATH = Path(__file__).with_name("tictactoe_actor.pth")
 CRITIC_PATH = Path(__file__).with_name("tictactoe_critic.pth")
 CURVE_PATH = Path(__file__).with_name("tictactoe_learning_curve.png")
 
-# Given by the task
-PLIES = 9  # a ply is one move of one side, and no game has more than nine
-SEATS = (True, False)  # does the agent move first?
-
 # ------------------------------------------------------------------------------------
-# The network
+# Step 1: the actor and the critic
 # ------------------------------------------------------------------------------------
 
 
 def make_layers(outputs: int, hidden_units: int) -> nn.Sequential:
-    """Nine cells in, two hidden layers, `outputs` numbers out."""
+    """A network with nine inputs (the cells), two hidden layers and some outputs."""
     return nn.Sequential(
-        nn.Linear(9, hidden_units),
+        nn.Linear(CELLS, hidden_units),
         nn.ReLU(),
         nn.Linear(hidden_units, hidden_units),
         nn.ReLU(),
@@ -116,124 +201,92 @@ def make_layers(outputs: int, hidden_units: int) -> nn.Sequential:
 
 
 class ActorNetwork(nn.Module):
-    """The policy pi(a|s): a board in, a logit for each of the nine cells out."""
+    """The policy pi(a|s). It maps boards (B, 9) to logits (B, 9), one for each cell.
+
+    A logit is any real number. Taken cells have logits too; `mask_illegal` removes
+    them. Then softmax turns the logits into probabilities.
+    """
 
     def __init__(self, hidden_units: int = HIDDEN_UNITS) -> None:
         super().__init__()
-        self.layers = make_layers(9, hidden_units)
+        self.layers = make_layers(CELLS, hidden_units)
 
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """Boards (B, 9) -> logits (B, 9), taken cells too: see mask_illegal."""
+    def forward(self, observations: Tensor) -> Tensor:
         return self.layers(observations.float())
 
 
 class CriticNetwork(nn.Module):
-    """The value V(s): a board in, the expected result for the side to move out."""
+    """The value V(s). It maps boards (B, 9) to values (B,): the mean result to expect.
+
+    A value is about +1 if the side to move will surely win, and about -1 if it will
+    surely lose; nothing keeps the network from saying 1.1. A result depends on who
+    plays. V is the mean result of the learner, whose moves are sampled, against this
+    opponent with its random moves, and not the result between perfect players: that is
+    0 (a draw) on the empty board, where the trained critic says about +0.46.
+
+    Without the `squeeze`, values would be (B, 1). Then returns (B,) minus values (B, 1)
+    would be a table (B, B) of every return minus every value, without an error.
+    """
 
     def __init__(self, hidden_units: int = HIDDEN_UNITS) -> None:
         super().__init__()
         self.layers = make_layers(1, hidden_units)
 
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """Boards (B, 9) -> values (B,), from about -1 (lost) to about +1 (won).
-
-        Without the squeeze it would be (B, 1), and returns (B,) minus values (B, 1) is
-        a table (B, B) of every return against every value, without an error.
-        """
+    def forward(self, observations: Tensor) -> Tensor:
         return self.layers(observations.float()).squeeze(-1)
 
 
-def mask_illegal(logits: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
-    """Make illegal moves impossible: their logit becomes minus infinity.
+def mask_illegal(logits: Tensor, action_mask: Tensor) -> Tensor:
+    """Make illegal moves impossible: their logits become minus infinity.
 
-    softmax(-inf) = exp(-inf) / sum = 0 exactly, whatever the network says of the cell.
+    pi(a|s) = exp(logit of a) / sum of exp(logit) over all cells
 
-    `logits` (..., 9); `action_mask` (..., 9), 1 for a cell that may be taken: the mask
-    of this very board, not of the one before the opponent moved. Gives (..., 9).
-    By hand: logits = [5, 1], mask = [0, 1]  ->  [-inf, 1], probabilities [0, 1].
+    With exp(-inf) = 0, an illegal move has exactly the probability 0, whatever the
+    network says about its cell.
+
+    `logits` is (..., 9); `action_mask` is (..., 9), with 1 where a cell may be taken,
+    and belongs to the very board that gave the logits. Returns (..., 9).
+    By hand: logits [5, 1] with the mask [0, 1] become [-inf, 1], that is, the
+    probabilities 0 and 1.
     """
     return logits.masked_fill(action_mask == 0, -torch.inf)
 
 
 # ------------------------------------------------------------------------------------
-# The equations
+# Step 2: play games against a frozen copy
 # ------------------------------------------------------------------------------------
 
-# main() minimises  actor_loss - entropy_bonus + critic_loss.  The first two parts train
-# the actor, the last one trains the critic.
+# WHY A FROZEN COPY? To the learner, its opponent is a part of the environment. As long
+# as the copy is frozen, this environment stays the same, and results of different games
+# can be compared. If the opponent were the actor itself, it would be another player
+# after each gradient step, and two players who answer each other's last change can go
+# in circles for ever, as in rock, paper, scissors. Tic-tac-toe is so small that it
+# works even then, but in general nothing guarantees that a player who learns against
+# itself gets better, with a frozen copy or without. So we measure it (step 7).
+#
+# WHY RANDOM MOVES? A good opponent does not make a beginner's mistakes. The learner
+# would hardly ever see the positions after such mistakes, and not learn to punish them.
+#
+# WHY ANOTHER CHANCE IN EACH GAME? With a chance near 0 the opponent is as strong as it
+# can be, and the learner finds out which of its own moves lose. With a chance near 1/2
+# the opponent blunders in nearly every game, and the learner finds out how to win.
+# With a chance of 1 in every game, the opponent would be a random player, and the best
+# answer to a random player is to gamble: whoever takes the right risks moving second
+# wins 93.2 % of the games instead of 91.6 %, but a good player can punish these risks.
+#
+# The example that goes through this lesson: N = 2 games of 5 and 7 steps, so T = 7. In
+# game 0 the learner moves first (it is X) and wins with 0, 1, 2. In game 1 it moves
+# second (it is O), and the opponent wins with 1, 4, 7. [ ] marks the moves of the
+# learner, of which there are B = 6:
+#
+#     step        0    1    2    3    4    5    6     result for the learner
+#     game 0     [0]   3   [1]   4   [2]                       +1
+#     game 1      4   [0]   8   [2]   1   [3]   7              -1
+#
+# At step 5 of game 1, the learner should have taken 7. The board that it saw there, row
+# by row: [1, -1, 1,  0, -1, 0,  0, 0, -1], and the mask: [0, 0, 0,  1, 0, 1,  1, 1, 0].
 
-
-def subtract_values(returns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Advantages: how much better the game ended than the critic expected.
-
-    A_t = G_t - V(s_t)
-
-    Lesson 1 subtracted the mean of the batch, one number for all positions; the critic
-    knows the position. To win a won position is no merit, to draw a lost one is.
-
-    Why is this allowed? V(s) is the same for every move in s, so what it adds to the
-    expected gradient is V(s) sum_a pi grad ln pi = V(s) grad sum_a pi = V(s) grad 1 = 0
-    however wrong V is. A good V makes the gradient less noisy.
-
-    Without the `detach` the actor's loss would train the critic too, to expect whatever
-    makes that loss small.
-
-    `returns` (B,), `values` (B,) -> (B,), without gradient.
-    By hand: returns = [1, -1], values = [0.75, 0.5]  ->  [0.25, -1.5].
-    """
-    return returns - values.detach()
-
-
-def actor_loss(log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """The loss whose gradient is the policy gradient: lesson 1's, with another A_t.
-
-    loss = -mean_t( A_t * ln pi(a_t | s_t) )
-
-    Sutton & Barto, eq. (13.11), b being V: theta <- theta + alpha (G_t - b) grad ln pi.
-
-    `log_probs` (B,) of the moves made, with gradient; `advantages` (B,). A scalar.
-    By hand: log_probs = [ln 0.5, ln 0.5], advantages = [1, -3]  ->  -ln 2 = -0.6931.
-    """
-    return -(log_probs * advantages).mean()
-
-
-def entropy_bonus(entropies: torch.Tensor, beta: float) -> torch.Tensor:
-    """What variety is worth; the loss has it with a minus, so that entropy is kept up.
-
-    bonus = beta * mean_t( H_t ),   H_t = -sum_a pi(a|s_t) ln pi(a|s_t)   (in nats)
-
-    H is 0 if one move is certain and ln k if k moves are equally likely (the unit of ln
-    is called nat). A move that is never tried is never judged again, even if it only
-    had bad luck in the first games: the bonus keeps every move possible.
-
-    `entropies` (B,): H_t with gradient; beta: what a nat is worth. Gives a scalar.
-    By hand: two moves at 1/2 each, then one that is certain, beta = 0.5
-        ->  H = [ln 2, 0], bonus = 0.5 * 0.3466 = 0.1733.
-    """
-    return beta * entropies.mean()
-
-
-def critic_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
-    """The mean squared error, smallest where V(s) is the mean return from s.
-
-    loss = mean_t( (G_t - V(s_t))^2 )
-
-    `values` (B,) with gradient, `returns` (B,); gives a scalar.
-    By hand: values = [0.5, 0], returns = [1, -1]  ->  (0.25 + 1) / 2 = 0.625.
-    """
-    return ((returns - values) ** 2).mean()
-
-
-# ------------------------------------------------------------------------------------
-# Collecting data
-# ------------------------------------------------------------------------------------
-
-# Why is the opponent a frozen copy, and not the actor itself? To the learner it is part
-# of the environment: frozen, it is one and the same player for REFRESH_EVERY updates.
-# The actor would be another player after each gradient step, and two players that
-# answer each other's last change can go in circles, as in rock, paper, scissors.
-
-Policy = Callable[[torch.Tensor], torch.Tensor]  # boards (B, 9) -> logits (B, 9)
+Policy = Callable[[Tensor], Tensor]  # maps boards (B, 9) to logits (B, 9)
 
 
 @torch.no_grad()
@@ -241,37 +294,40 @@ def play_games(
     env: gym.vector.VectorEnv,
     learner: Policy,
     opponent: Policy,
-    learner_first: torch.Tensor,
-    random_chances: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """Play one whole game on each of N boards, move by move, learner against opponent.
+    learner_first: Tensor,
+    random_chances: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Play one whole game on each of N boards, learner against opponent.
 
-    `env` leaves a board alone once its game has ended (AutoresetMode.DISABLED).
-    `learner_first` (N,) bool: who begins. `random_chances` (N,) from 0 to 1: the chance
-    that a move of the opponent is drawn from all legal ones, the same all game long.
+    In `env`, a board whose game has ended stays as it is until the next reset.
+    `learner_first` is (N,) bool. `random_chances` is (N,): the probability, the same in
+    the whole game, that a move of the opponent is sampled from all legal ones.
 
-    Gives observations (T, N, 9) and masks (T, N, 9), int8; actions (T, N), int64;
-    learner_moved (T, N), bool, the moves to train on; and results (N,), float32: +1
-    where the learner won, 0 drawn, -1 lost. T is the length of the longest game.
+    Returns observations (T, N, 9) and masks (T, N, 9), int8; actions (T, N) int64;
+    learner_moved (T, N) bool; and results (N,) float32: +1 where the learner won, 0
+    where the game was drawn, -1 where it lost. After the end of a game, its column is
+    padded with rows of which learner_moved is False.
     """
     steps = []
     results = torch.zeros(env.num_envs)
-    alive = torch.ones(env.num_envs, dtype=torch.bool)
+    alive = torch.ones(env.num_envs, dtype=torch.bool)  # is this game still going on?
     observations, infos = env.reset()
-    for ply in range(PLIES):
-        if not alive.any():  # with few games, all may be over before the ninth move
+    for step in range(CELLS):  # each move takes a cell, so there are no more steps
+        if not alive.any():  # if there are few games, all may end before step 8
             break
         boards = torch.from_numpy(observations)
         masks = torch.from_numpy(infos["action_mask"])
-        learner_turn = learner_first if ply % 2 == 0 else ~learner_first  # (N,)
+        learner_turn = learner_first if step % 2 == 0 else ~learner_first  # (N,)
         learner_moved, opponent_moved = alive & learner_turn, alive & ~learner_turn
         # Every board is seen by the side to move, so either network can read it.
-        logits = torch.zeros(env.num_envs, 9)
+        logits = torch.zeros(env.num_envs, CELLS)
         logits[learner_moved] = learner(boards[learner_moved])
         logits[opponent_moved] = opponent(boards[opponent_moved])
         # Equal logits make all legal cells equally likely: a random move.
         logits[opponent_moved & (torch.rand(env.num_envs) < random_chances)] = 0
-        # Categorical draws a cell, each with the probability softmax(logits) gives it.
+        # Categorical is the distribution over cells that logits stand for. Only games
+        # that are going on may be sampled: on an ended board no cell is legal, all nine
+        # logits would be -inf, and softmax would be 0 / 0.
         actions = torch.zeros(env.num_envs, dtype=torch.int64)
         legal_logits = mask_illegal(logits, masks)[alive]
         actions[alive] = Categorical(logits=legal_logits).sample()
@@ -282,32 +338,241 @@ def play_games(
         rewards = torch.from_numpy(rewards).float()
         results += torch.where(learner_turn, rewards, -rewards)
         alive = torch.from_numpy(~terminated)
-    # T rows of four tensors (N, ...) become four tensors (T, N, ...).
-    return *(torch.stack(column) for column in zip(*steps, strict=True)), results
+    # From T tuples of four tensors (N, ...) to four tensors (T, N, ...).
+    observations, masks, actions, learner_moved = map(
+        torch.stack, zip(*steps, strict=True)
+    )
+    return observations, masks, actions, learner_moved, results
 
 
 # ------------------------------------------------------------------------------------
-# Learning
+# Steps 3 and 4: returns and advantages
 # ------------------------------------------------------------------------------------
+
+# WHY THIS WORKS, in short (lesson 1 has the same argument with more words). Let J be
+# the mean result of the learner over all games that can happen. We want to raise J by
+# changing the weights of the actor; `grad` is the gradient with respect to them.
+#
+#     J = sum over all games of  P(game) G(game)
+#
+# P(game), the probability of a game, is the product of the probabilities of its moves:
+# pi(a_t|s_t) for a move of the learner, and for a move of the opponent a number that
+# does not depend on the weights, because the opponent is frozen. The logarithm turns
+# the product into a sum, whose terms for the opponent have the gradient 0:
+#
+#     grad ln P(game) = sum_t grad ln pi(a_t|s_t)     over the moves of the learner
+#
+# By the chain rule, grad ln P = grad P / P, so that grad P = P grad ln P, and therefore
+#
+#     grad J = sum over all games of  P(game) G(game) grad ln P(game)
+#            = E[ sum_t G grad ln pi(a_t|s_t) ]                                      (1)
+#
+# where E[ ] is the mean over games that are played. So grad J can be estimated by
+# playing, without knowing how the opponent chooses its moves. G is the result of the
+# game, the same for all its moves: nothing is paid before the end, so the rewards that
+# follow a move add up to the result. (Here nothing is discounted: gamma = 1.)
+#
+# In (1), all moves of a game that was won are pushed up, the bad ones too. The mean
+# over many games corrects this, but slowly. It helps to subtract what was to be
+# expected in s_t anyway. A number b(s_t) that does not depend on the move may be
+# subtracted from G without changing grad J, because in the mean over the moves it adds
+#
+#     sum_a pi(a|s) b(s) grad ln pi(a|s) = b(s) sum_a grad pi(a|s) = b(s) grad 1 = 0,
+#
+# since the probabilities of all moves add up to 1, whatever the weights are. Lesson 1
+# subtracts the mean of all returns, one number for all states. But a position can be
+# good or bad, and the critic knows which: b(s) = V(s).
+
+
+def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
+    """Advantages: how much better the game ended than the critic expected.
+
+    A_t = G_t - V(s_t)
+
+    To win a position that is as good as won is no merit: with G = 1 and V = 0.95, the
+    advantage is 0.05. To draw a lost one is: with G = 0 and V = -0.9, it is 0.9.
+
+    V may be wrong: by the argument above, grad J stays what it is with any V. A good V
+    only makes the estimate of it less noisy.
+
+    `detach` says that the advantages are plain numbers for the actor's loss. Without
+    it, this loss would train the critic too: its derivative with respect to V(s_t) is
+    ln pi(a_t|s_t) / B, which is never positive, so gradient descent would push V up in
+    every position. Together with the critic's own loss, V(s) would come to rest at the
+    mean return plus H(s) / 2, where H(s) is the entropy of the policy in s (set the
+    derivative, 2 (V - mean G) + mean ln pi, to 0).
+
+    `returns` is (B,), `values` is (B,). Returns (B,), through which no gradient flows.
+    The example, its six moves in the order of the steps: the returns are 1, -1, 1, -1,
+    1, -1. If the values are 0.25, -0.5, 0.5, -0.25, 1, 0, then the advantages are 0.75,
+    -0.5, 0.5, -0.75, 0, -1. The winning move at step 4 gets nothing, because the critic
+    was sure of the win already. The blunder at step 5 gets most of the blame.
+    """
+    return returns - values.detach()
+
+
+# ------------------------------------------------------------------------------------
+# Step 5: the loss
+# ------------------------------------------------------------------------------------
+
+# The loss is  actor_loss - entropy_bonus + critic_loss.  The first two train the actor,
+# the last one trains the critic. The networks share no weights, and the size of Adam's
+# steps does not depend on the scale of the gradient, so neither disturbs the other.
+
+
+def actor_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """The loss whose gradient is minus the policy gradient, estimated from a batch.
+
+    loss = -mean_t( A_t * ln pi(a_t|s_t) )
+
+    Sutton & Barto, eq. (13.11): theta <- theta + alpha (G_t - b) grad ln pi(a_t|s_t),
+    where theta are the weights, alpha is the learning rate, and b is our V(s_t). The
+    minus is there because PyTorch's optimizers go downhill, and we want to go uphill.
+    Equation (1) has a sum over the moves of a game; the mean over all moves is the same
+    but for a factor, the mean number of moves in a game.
+
+    The value of this loss says nothing about how well the actor plays. The better the
+    critic is, the closer to 0 the mean advantage is, in won and in lost games, so the
+    loss jumps around 0. Only its gradient counts.
+
+    `log_probs` is (B,), those of the moves that were made, with gradient; `advantages`
+    is (B,). Returns a scalar.
+    The example: if the actor chose each time between two moves that were equally
+    likely, all log-probabilities are ln 0.5 = -0.6931. The advantages add up to -1, so
+    the loss is -(-0.6931 * -1) / 6 = -0.1155.
+    """
+    return -(log_probs * advantages).mean()
+
+
+def entropy_bonus(entropies: Tensor, beta: float) -> Tensor:
+    """What variety is worth. It is subtracted from the loss, which keeps entropy high.
+
+    bonus = beta * mean_t( H_t ),   H_t = -sum_a pi(a|s_t) ln pi(a|s_t)   (in nats)
+
+    H_t is 0 if one move is certain, and ln k if k moves are equally likely (a nat is
+    the unit that belongs to ln). A move that is never tried is never judged again, even
+    if it only had bad luck in the first games. The bonus keeps every move possible.
+
+    But the bonus also changes which policy is the best. With a constant beta, it is not
+    the one that wins most: the best one plays a move with a probability proportional to
+    exp(mean result of the move / beta). For two moves with the mean results 1 and 0.9,
+    and beta = 0.25, that is 60 and 40 %. Therefore the bonus has to shrink.
+
+    `entropies` is (B,), with gradient; `beta` is what a nat is worth. Returns a scalar.
+    The example: a choice between two equally likely moves has H = ln 2 = 0.6931. With
+    beta = 0.25 the bonus is 0.1733.
+    """
+    return beta * entropies.mean()
+
+
+def critic_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """The mean squared error, which is smallest where V(s) is the mean return from s.
+
+    loss = mean_t( (G_t - V(s_t))^2 )
+
+    (For one position, the derivative is -2 mean(G_t - V). It is 0 at V = mean(G_t).)
+
+    `values` is (B,), with gradient; `returns` is (B,). Returns a scalar.
+    The example: (0.75^2 + 0.5^2 + 0.5^2 + 0.75^2 + 0 + 1) / 6 = 0.4375. All three parts
+    together: -0.1155 - 0.1733 + 0.4375 = 0.1487.
+    """
+    return ((returns - values) ** 2).mean()
 
 
 def share_left(updates_done: int) -> float:
-    """The share of LEARNING_RATE and ENTROPY_BONUS that is left, from 1 to LAST_SHARE.
+    """The share of LEARNING_RATE and ENTROPY_BONUS that is left: 1, then less.
 
     share = max(1 - updates_done / NUM_UPDATES, LAST_SHARE)
 
-    Why the bonus shrinks: early, variety finds the good moves; later it only pays for
-    moves that are known to be worse. Why the rate shrinks: the results of 512 games are
-    partly luck. Adam moves each weight by about the rate however small the gradient is,
-    so at a constant rate luck would keep all weights moving.
-    By hand: 200 of 800 updates done  ->  0.75.
+    Why does the bonus shrink? At first, variety finds the good moves. Later it only
+    pays the actor for moves that are known to be worse.
+    Why does the learning rate shrink? The results of 512 games are partly luck. Adam
+    moves each weight by about the learning rate, however small the gradient is, so with
+    a constant rate, luck would keep all weights moving for ever.
+
+    By hand: after 200 of 800 updates, 0.75 is left.
     """
     return max(1 - updates_done / NUM_UPDATES, LAST_SHARE)
 
 
+# ------------------------------------------------------------------------------------
+# The algorithm
+# ------------------------------------------------------------------------------------
+
+
+def train(
+    actor: ActorNetwork, critic: CriticNetwork, env: gym.vector.VectorEnv
+) -> Iterator[tuple[Categorical, Tensor]]:
+    """The whole algorithm. Each turn of the loop is one update.
+
+    main() prints what is yielded (the distributions over moves in the B positions, and
+    the actor's loss), tests the agent, and decides when to stop.
+    """
+    # 1. Actor and critic start with random weights. One optimizer changes both. The
+    #    opponent is a copy that it does not change.
+    opponent = copy.deepcopy(actor)
+    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()])
+    learner_first = torch.arange(GAMES_PER_UPDATE) % 2 == 0  # in every second game
+    for update in range(1, MAX_UPDATES + 1):
+        # 2. Play whole games, each with its own chance of random moves.
+        random_chances = MAX_RANDOM_CHANCE * torch.rand(GAMES_PER_UPDATE)
+        games = play_games(env, actor, opponent, learner_first, random_chances)
+        observations, masks, actions, learner_moved, results = games
+
+        # 3. The return of a move is the result of its game. `expand_as` copies results
+        #    (N,) to all steps, (T, N). [learner_moved] then picks the moves of the
+        #    learner, one step after the other: (B,). Nobody learns from the others.
+        returns = results.expand_as(learner_moved)[learner_moved]
+        observations = observations[learner_moved]  # (T, N, 9) -> (B, 9)
+        masks, actions = masks[learner_moved], actions[learner_moved]
+
+        # 4. Did the games end better or worse than the critic expected?
+        values = critic(observations)
+        advantages = subtract_values(returns, values)
+
+        # 5. Take one gradient step. The probabilities are computed once more, for all
+        #    moves together and now with gradients; they are the same as in the games,
+        #    because the actor has not changed since.
+        distribution = Categorical(logits=mask_illegal(actor(observations), masks))
+        share = share_left(update - 1)
+        bonus = entropy_bonus(distribution.entropy(), beta=share * ENTROPY_BONUS)
+        policy_loss = actor_loss(distribution.log_prob(actions), advantages)
+        loss = policy_loss - bonus + critic_loss(values, returns)
+        optimizer.param_groups[0]["lr"] = share * LEARNING_RATE
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        # 6. Every REFRESH_EVERY updates, the opponent becomes a copy of the actor.
+        if update % REFRESH_EVERY == 0:
+            opponent.load_state_dict(actor.state_dict())
+
+        # 7. Repeat, until main() finds that the agent cannot be beaten.
+        yield distribution, policy_loss
+
+
+# ------------------------------------------------------------------------------------
+# How step 7 knows: every line of play
+# ------------------------------------------------------------------------------------
+
+# A *line of play* is one way in which a whole game can go. The agent is greedy, so in
+# each position it has one move, and only the moves of the opponent can differ. If the
+# agent moves first, the opponent has 8, 6, 4 and 2 cells to choose from, so there are
+# at most 8 * 6 * 4 * 2 = 384 lines of play. If it moves second, there are at most
+# 9 * 7 * 5 * 3 * 1 = 945. So few can be played out, all of them, in some milliseconds.
+#
+# This is stronger than ten thousand games. A game shows only what this one opponent did
+# this time. Two greedy players play the same game ten thousand times. And random moves
+# give an estimate only: in a thousand games, a line with the probability 1 / 945 does
+# not occur at all with a probability of 35 %. But if no line of play is lost, then it
+# is proved that nobody can beat the agent.
+
+SEATS = (True, False)  # does the agent move first?
+
+
 @torch.no_grad()
 def best_moves(policy: Policy, boards: np.ndarray) -> np.ndarray:
-    """The agent's moves: the most likely legal one on each board (N, 9). (N,) int64."""
+    """The agent's moves (N,) int64: the most likely legal one on each board (N, 9)."""
     logits = policy(torch.from_numpy(boards).float())
     masks = torch.from_numpy(legal_moves(boards))
     return mask_illegal(logits, masks).argmax(dim=1).numpy()
@@ -320,128 +585,95 @@ def play_every_line(
 ) -> tuple[list[int], list[float]]:
     """Play the agent against *everything* that an opponent can do.
 
-    A line of play is one complete game. The agent has one move in each position; the
-    opponent has all that the mask `opponent_moves(boards)` (N, 9) allows, by default
-    every legal one, and each opens a branch. All branches are followed together, move
-    by move. An agent that loses no line of play cannot be beaten.
+    The opponent may make each move that the mask `opponent_moves(boards)` (N, 9)
+    allows, by default every legal one, and each of them opens a branch. All branches
+    are followed together, move by move.
 
-    Gives, for (win, draw, loss) of the agent: how many lines of play end so; and how
-    probable that is against random play. The probability of a line is the product of
-    1 / (number of moves) over the turns of the opponent.
+    Returns two lists, each for (win, draw, loss) of the agent: how many lines of play
+    end so, and with which probability a game ends so if the opponent's moves are random
+    (sampled from those that the mask allows). The probability of a line is the product
+    of 1 / (number of moves to choose from) over the turns of the opponent.
     """
-    boards, probabilities = np.zeros((1, 9), dtype=np.int8), np.ones(1)
-    results, result_probabilities = [], []
-    for ply in range(PLIES):
-        agent_turn = agent_first == (ply % 2 == 0)
+    boards, chances = np.zeros((1, CELLS), dtype=np.int8), np.ones(1)
+    counts, probabilities = np.zeros(3, dtype=int), np.zeros(3)
+    for step in range(CELLS):
+        agent_turn = agent_first == (step % 2 == 0)
         if agent_turn:
             rows, actions = np.arange(len(boards)), best_moves(policy, boards)
         else:
             masks = opponent_moves(boards)
             rows, actions = np.nonzero(masks)  # one row for each move of the opponent
-            probabilities = (probabilities / masks.sum(axis=1))[rows]
+            chances = (chances / masks.sum(axis=1))[rows]
         boards, rewards, ended, _ = play_moves(boards[rows], actions)
-        results.append((rewards if agent_turn else -rewards)[ended])
-        result_probabilities.append(probabilities[ended])
-        boards, probabilities = boards[~ended], probabilities[~ended]
-    results, probabilities = map(np.concatenate, (results, result_probabilities))
-    ends = [results == end for end in (1, 0, -1)]
-    return [int(e.sum()) for e in ends], [float(probabilities[e].sum()) for e in ends]
+        results = rewards if agent_turn else -rewards
+        for i, result in enumerate((1, 0, -1)):
+            counts[i] += (ended & (results == result)).sum()
+            probabilities[i] += chances[ended & (results == result)].sum()
+        boards, chances = boards[~ended], chances[~ended]
+    return counts.tolist(), probabilities.tolist()
 
 
 # ------------------------------------------------------------------------------------
-# main
+# Housekeeping: nothing below this line is about reinforcement learning
 # ------------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Train until no line of play is lost, and save both networks."""
     check_settings()
-    print(f"Actor-critic on {ENV_ID}, on the CPU: {NUM_UPDATES} updates, 12 seconds.")
-    print("wins: % against random play, moving 1st and 2nd; should rise to 99 and 92.")
-    print("lost: lines of play that are lost; should fall to 0, entropy slowly to 0.6.")
-    print("The loss is the actor's. It shows no progress: the critic learns as well.\n")
-    print("wins 1st  wins 2nd  lost 1st  lost 2nd  updates  entropy (nats)      loss")
+    print_header()
     torch.set_num_threads(1)  # the networks are so small that more threads only wait
-
-    # 1. An actor and a critic that know nothing, and a frozen copy of the actor.
     torch.manual_seed(SEED)
     actor, critic = ActorNetwork(HIDDEN_UNITS), CriticNetwork(HIDDEN_UNITS)
-    opponent = copy.deepcopy(actor)
-    # One optimizer for both networks; step 5 sets its learning rate.
-    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()])
-    env = gym.make_vec(ENV_ID, num_envs=GAMES_PER_UPDATE)
-    learner_first = torch.arange(GAMES_PER_UPDATE) % 2 == 0  # in every second game
+    env = gym.make_vec(ENV_ID, num_envs=GAMES_PER_UPDATE)  # N boards, side by side
     history = []
-
-    try:
-        for update in range(1, MAX_UPDATES + 1):
-            # 2. Play whole games, each with its own chance of random moves.
-            random_chances = MAX_RANDOM_CHANCE * torch.rand(GAMES_PER_UPDATE)
-            games = play_games(env, actor, opponent, learner_first, random_chances)
-            observations, masks, actions, learner_moved, results = games
-
-            # 3. The return of each move of the learner; the others are not trained on.
-            returns = results.expand_as(learner_moved)[learner_moved]  # (N,) -> (B,)
-            observations = observations[learner_moved]  # (T, N, 9) -> (B, 9)
-            masks, actions = masks[learner_moved], actions[learner_moved]
-
-            # 4. Better or worse than expected?
-            values = critic(observations)
-            advantages = subtract_values(returns, values)
-
-            # 5. One gradient step. The probabilities are computed again, in one pass
-            #    and with gradients; the actor has not changed since it played.
-            choice = Categorical(logits=mask_illegal(actor(observations), masks))
-            share = share_left(update - 1)
-            bonus = entropy_bonus(choice.entropy(), beta=share * ENTROPY_BONUS)
-            policy_loss = actor_loss(choice.log_prob(actions), advantages)
-            loss = policy_loss - bonus + critic_loss(values, returns)
-            optimizer.param_groups[0]["lr"] = share * LEARNING_RATE
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-            # 6. Now and then a new opponent.
-            if update % REFRESH_EVERY == 0:
-                opponent.load_state_dict(actor.state_dict())
-
-            # 7. Again, until rate and bonus have shrunk and no line of play is lost.
-            if update % REPORT_EVERY == 0 or update in (NUM_UPDATES, MAX_UPDATES):
+    with keep_unfinished_run(
+        lambda: save_run(actor, critic, history, "_interrupted")
+    ) as stop:
+        hidden = False if "ipykernel" in sys.modules else None  # None: if no terminal
+        bar = tqdm(train(actor, critic, env), "", NUM_UPDATES, False, disable=hidden)
+        for update, (distribution, loss) in enumerate(bar, 1):
+            last = bool(stop) or update == MAX_UPDATES
+            if last or update == NUM_UPDATES or update % REPORT_EVERY == 0:
                 played = [play_every_line(actor, first) for first in SEATS]
                 lost = [counts[2] for counts, _ in played]
                 wins = [100 * probabilities[0] for _, probabilities in played]
                 history.append((update * GAMES_PER_UPDATE, *wins, sum(lost)))
                 row = f"{wins[0]:8.1f}{wins[1]:10.1f}{lost[0]:10}{lost[1]:10}{update:9}"
-                print(f"{row}{choice.entropy().mean():16.3f}{policy_loss:10.4f}")
-                if update >= NUM_UPDATES and sum(lost) == 0:
+                entropy = distribution.entropy().mean()
+                tqdm.write(f"{row}{entropy:16.3f}{loss:10.4f}")
+                if last or update >= NUM_UPDATES and sum(lost) == 0:
                     break
+        unbeaten = update >= NUM_UPDATES and sum(lost) == 0
+        suffix = "" if unbeaten else "_interrupted" if stop else "_unsolved"
         facts = {"updates": update, "lost_lines": sum(lost)}
-        suffix = "_unsolved" if sum(lost) else ""
-        names = save_run(actor, critic, history, suffix, **facts)
-    except BaseException as end:  # Ctrl-C or an error
-        kept = save_run(actor, critic, history, "_interrupted")
-        print(f"\nThis run is kept in {kept}; older weights are as they were.")
-        if isinstance(end, KeyboardInterrupt):
-            sys.exit("Stopped.")
-        raise
-    if sum(lost):
-        sys.exit(f"{sum(lost)} lines of play lost in the end; kept in {names}.")
-    print(f"\nNo line of play is lost after {update} updates. Written:\n{names}")
-    print("Play against it: python tictactoe_eval.py")
+        files = save_run(actor, critic, history, suffix, **facts)
+    if unbeaten:
+        print(f"\nNo line of play is lost after {update} updates. Written:\n{files}")
+        print("Play against it: python tictactoe_eval.py")
+    else:
+        print(f"\nThis run is kept in\n{files}\nOlder weights are as they were.")
+        ending = "Stopped" if stop else f"{sum(lost)} lines of play are still lost"
+        end_with(f"{ending} after {update} updates.")
 
 
-# ------------------------------------------------------------------------------------
-# Housekeeping
-# ------------------------------------------------------------------------------------
+def print_header() -> None:
+    """Say what runs, for how long, and what the columns of the table mean."""
+    print(f"Actor-critic on {ENV_ID}, on the CPU: {NUM_UPDATES} updates, 12 seconds.")
+    print("wins: what the agent wins in % against random moves, moving 1st and 2nd.")
+    print("lost: the lines of play (ways in which a whole game can go) that it loses.")
+    print("The wins should rise to 99 and 92, the lost lines fall to 0, the entropy to")
+    print("0.6. The loss is the actor's; it jumps around 0, in a healthy run, too.\n")
+    print("wins 1st  wins 2nd  lost 1st  lost 2nd  updates  entropy (nats)      loss")
 
 
 def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
-    paths = ACTOR_PATH, CRITIC_PATH, CURVE_PATH
+    counts = NUM_UPDATES, REPORT_EVERY, REFRESH_EVERY, HIDDEN_UNITS
     rules = {
         "SEED must be from 0 to 499,999": 0 <= SEED < 500_000,
         "NUM_UPDATES, REPORT_EVERY, REFRESH_EVERY and HIDDEN_UNITS must be 1 or more": (
-            min(NUM_UPDATES, REPORT_EVERY, REFRESH_EVERY, HIDDEN_UNITS) >= 1
+            min(counts) >= 1
         ),
         "MAX_UPDATES must be NUM_UPDATES or more": MAX_UPDATES >= NUM_UPDATES,
         "GAMES_PER_UPDATE must be 2 or more": GAMES_PER_UPDATE >= 2,
@@ -449,31 +681,86 @@ def check_settings() -> None:
         "LEARNING_RATE must be above 0, at most 1": 0 < LEARNING_RATE <= 1,
         "ENTROPY_BONUS must be from 0 to 10": 0 <= ENTROPY_BONUS <= 10,
         "LAST_SHARE must be above 0, at most 1": 0 < LAST_SHARE <= 1,
-        "the folders of all paths must exist": all(p.parent.is_dir() for p in paths),
+        "the folders of ACTOR_PATH, CRITIC_PATH and CURVE_PATH must exist and be "
+        "writable": all(map(can_write, (ACTOR_PATH, CRITIC_PATH, CURVE_PATH))),
+        "ACTOR_PATH and CRITIC_PATH must be two files in one folder": (
+            ACTOR_PATH.parent == CRITIC_PATH.parent
+            and ACTOR_PATH.name != CRITIC_PATH.name
+        ),
+        "CURVE_PATH must end in .png": CURVE_PATH.suffix == ".png",
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         sys.exit(f"Settings: {'; '.join(broken)}.")
 
 
+def can_write(path: Path) -> bool:
+    """True if a file of this name can be written: its folder is there and is ours."""
+    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
+
+
+@contextlib.contextmanager
+def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
+    """Whatever ends the lines inside early, `save()` keeps the run so far.
+
+    Ctrl-C, `kill` and a closed terminal only leave a mark in the list that this yields,
+    and main() looks at it once per update: so no signal can disturb the writing of a
+    file.
+    """
+    stopped, before = [], {}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+                before[number] = signal.signal(number, lambda *_: stopped.append(True))
+    try:
+        yield stopped
+    except BaseException:
+        kept = save()
+        with contextlib.suppress(OSError):  # a closed terminal cannot be printed to
+            print(f"\nThis run is kept in\n{kept}\nOlder weights are as they were.")
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with(line: str) -> None:
+    """End a run that missed its aim, with one line and status 1 (in a notebook: 0)."""
+    if "ipykernel" in sys.modules:  # there, SystemExit would look like a crash
+        print(line)
+    else:
+        sys.exit(line)
+
+
 def save_run(
     actor: nn.Module, critic: nn.Module, history: list, suffix: str, **facts: float
 ) -> str:
-    """Write networks and curve, with `suffix` added to their names; give the names."""
-    paths = ACTOR_PATH, CRITIC_PATH, CURVE_PATH
-    paths = [path.with_stem(path.stem + suffix) for path in paths]
-    # One fingerprint of both networks in both files: a pair from two runs is noticed.
+    """Write networks and curve, with `suffix` in their names; return their paths."""
+    paths = [ACTOR_PATH, CRITIC_PATH, CURVE_PATH]
+    *paths, curve = [path.with_stem(path.stem + suffix) for path in paths]
+    older = any(path.exists() for path in paths)
+    # Both files get one fingerprint of both networks, so that a pair from two runs is
+    # noticed when it is loaded.
     tensors = [*actor.state_dict().values(), *critic.state_dict().values()]
     digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors))
     facts |= {"seed": SEED, "run": digest.hexdigest()[:16]}
-    for network, path in ((actor, paths[0]), (critic, paths[1])):
-        checkpoint = {"weights": network.state_dict(), "env_id": ENV_ID, **facts}
-        checkpoint |= {"network": type(network).__name__, "hidden_units": HIDDEN_UNITS}
-        aside = path.with_name(f"{path.name}.tmp")
-        torch.save(checkpoint, aside)
-        os.replace(aside, path)  # all at once: a crash never leaves half a file
-    draw_learning_curve(history, paths[2])
-    return ", ".join(path.name for path in paths)
+    with tempfile.TemporaryDirectory(dir=paths[0].parent, suffix=".tmp") as folder:
+        for network, path in zip((actor, critic), paths, strict=True):
+            checkpoint = {"weights": network.state_dict(), "env_id": ENV_ID, **facts}
+            checkpoint["network"] = type(network).__name__
+            checkpoint["hidden_units"] = HIDDEN_UNITS
+            torch.save(checkpoint, Path(folder, path.name))
+        for path in paths:  # both files are whole now; renaming them is a moment
+            os.replace(Path(folder, path.name), path)
+    try:
+        draw_learning_curve(history, curve)
+        show_in_notebook(curve)
+    except Exception as problem:  # a picture is not worth a run
+        curve = f"The learning curve could not be drawn: {problem}"
+    replaced = ["Replaced: the older files of these names."] if older else []
+    return "\n".join(map(str, [*paths, curve, *replaced]))
 
 
 def load_actor(path: Path | str = ACTOR_PATH) -> ActorNetwork:
@@ -503,18 +790,26 @@ def load_network(kind: type[nn.Module], path: Path | str) -> nn.Module:
     return network
 
 
-def draw_learning_curve(history: list[tuple[float, ...]], path: Path | str) -> None:
-    """Write a picture of the checks: wins against random play, lines of play lost."""
+def draw_learning_curve(history: list[tuple[float, ...]], path: Path) -> None:
+    """Write a picture of the checks: wins against random moves, lines of play lost."""
     games, wins_first, wins_second, lost = np.array(history).reshape(-1, 4).T
     figure = Figure(figsize=(8, 5), dpi=120)
     above, below = figure.subplots(2, 1, sharex=True)
     above.plot(games, wins_first, label="moving first")
     above.plot(games, wins_second, label="moving second")
-    above.set(title=f"Self-play on {ENV_ID}", ylabel="wins against random play (%)")
+    above.set(title=f"Self-play on {ENV_ID}", ylabel="wins against random moves (%)")
     above.legend()
     below.plot(games, lost, color="red")
     below.set(xlabel="games played", ylabel="lines of play lost", yscale="symlog")
     figure.savefig(path)
+
+
+def show_in_notebook(picture: Path) -> None:
+    """Display a picture where the script runs in a notebook."""
+    if "ipykernel" in sys.modules:
+        from IPython.display import Image, display
+
+        display(Image(filename=picture))
 
 
 if __name__ == "__main__":

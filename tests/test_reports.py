@@ -28,7 +28,7 @@ def gradient(x):
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    """The benchmarks' folder with one lesson, one result and a short page."""
+    """The folder of the benchmarks with one lesson, one result and a short page."""
     folder = tmp_path / "tests" / "benchmarks"
     folder.mkdir(parents=True)
     for name in ("common.py", "report.py", "run_all.py"):
@@ -41,30 +41,19 @@ def house(tmp_path, monkeypatch):
     origin = {"date": "2026-01-31", "minutes": 1.5, "versions": {"python": "3.11"}}
     origin["machine"] = {"processor": "P", "cores used": 1, "system": "S"}
     origin["code"] = common.code_of(["lesson.py"])
-    data = {"summary": {"score": 12.5}, "runs": [{"seed": 0, "steps": 37}]}
-    common.write_results("a", "seeds", data, origin)
-    common.write_results("a", "edits", {"summary": {"score": 99.5}}, origin)
+    common.write_results("a", "seeds", {"summary": {"score": 12.5}}, origin)
+    common.write_results("a", "edits", {"runs": [{"seed": 0, "steps": 37}]}, origin)
     (folder / "page.md").write_text("{measured}\n\n* It is {a seeds: score}.\n")
     return folder
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "changes"),
-    [
-        ("  # a step", "  # a smaller step, in one way", False),
-        ("    slope", "    # The derivative.\n\n    slope", False),
-        ("2 x", "The slope of the square.", False),
-        ("What it teaches.", "Something else.", False),
-        ("0.5", "0.25", True),
-        ("2 * x", "3 * x", True),
-        ("slope", "derivative", True),
-        ("    return", "    assert x\n    return", True),
-    ],
-)
-def test_the_hash_sees_the_code_and_not_comments_and_docstrings(old, new, changes):
-    edited = LESSON.replace(old, new)
-    assert edited != LESSON
-    assert (common.code_hash(edited) != common.code_hash(LESSON)) == changes
+def test_the_hash_sees_the_code_and_not_comments_and_docstrings():
+    same = ["# a step", "# half\n"], ["2 x", "The slope."], ["What it", "It"]
+    other = ["0.5", "0.25"], ["2 * x", "3 * x"], ["slope", "k"], ["gradient", "g"]
+    for old, new in same + other:
+        edited = LESSON.replace(old, new)
+        unchanged = common.code_hash(edited) == common.code_hash(LESSON)
+        assert edited != LESSON and unchanged == ([old, new] in same), new
 
 
 def test_a_result_of_other_code_is_marked_on_the_page_and_fails_nothing(house):
@@ -82,7 +71,7 @@ def test_a_figure_that_no_result_has_is_missing_on_the_page_and_fails_nothing(ho
 
 
 def test_check_lists_the_figures_of_the_readme_that_no_result_has(house, capsys):
-    (common.ROOT / "README.md").write_text("It has 12.5 or 37.\n\n99.5, 99.4, 0.5.\n")
+    (common.ROOT / "README.md").write_text("It has 12.5 or 37.\n\n12.4 or 0.5.\n")
     assert report.check() == 1
     assert "README.md:3" in capsys.readouterr().out
 
@@ -114,7 +103,7 @@ def test_run_all_goes_on_where_it_stopped(house):
     def run_all(*words):
         (common.ROOT / "log.txt").write_text("")
         command = [sys.executable, house / "run_all.py", *words]
-        status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+        status = subprocess.run(command, capture_output=True).returncode
         return (common.ROOT / "log.txt").read_text(), status
 
     def write(name, *, works):

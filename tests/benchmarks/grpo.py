@@ -57,25 +57,22 @@ BENEFITS = "heart muscle bone mood sleep stress energy weight disease strength b
 BENEFITS = [*BENEFITS.split(), "anxiety"]
 
 # Models of true sizes: their family, and what differs from its defaults.
-GPT2_MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
 WIDE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+NEO = {"hidden_size": 768, "num_layers": 12, "num_heads": 12}
+OPT = {"ffn_dim": 4096, "word_embed_proj_dim": 512, "do_layer_norm_before": False}
+DEBERTA = {"vocab_size": 128_100, "intermediate_size": 4096, "num_labels": 1}
+DEBERTA |= {"type_vocab_size": 0, "layer_norm_eps": 1e-7, "pooler_hidden_size": 1024}
+DEBERTA |= {"relative_attention": True, "share_att_key": True, "position_buckets": 256}
+DEBERTA |= {"norm_rel_ebd": "layer_norm", "pos_att_type": "p2c|c2p"}
+DEBERTA |= {"position_biased_input": False}
 POLICIES = {
     "gpt2": ("gpt2", {}),
     "EleutherAI/gpt-neo-125M": (
         "gpt_neo",
-        {
-            "hidden_size": 768,
-            "num_layers": 12,
-            "num_heads": 12,
-            "attention_types": [[["global", "local"], 6]],
-        },
+        NEO | {"attention_types": [[["global", "local"], 6]]},
     ),
-    "facebook/opt-350m": (
-        "opt",
-        WIDE
-        | {"ffn_dim": 4096, "word_embed_proj_dim": 512, "do_layer_norm_before": False},
-    ),
-    "gpt2-medium": ("gpt2", GPT2_MEDIUM),
+    "facebook/opt-350m": ("opt", WIDE | OPT),
+    "gpt2-medium": ("gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
     "EleutherAI/pythia-410m": (
         "gpt_neox",
         WIDE | {"vocab_size": 50_304, "intermediate_size": 4096},
@@ -86,24 +83,7 @@ REWARD_MODEL = "DeBERTa-v3-large"
 SIZES = POLICIES | {
     RANDOM: ("gpt2", {}),
     SHALLOW: ("gpt2", {"n_layer": 2}),
-    REWARD_MODEL: (
-        "deberta-v2",
-        WIDE
-        | {
-            "vocab_size": 128_100,
-            "intermediate_size": 4096,
-            "type_vocab_size": 0,
-            "layer_norm_eps": 1e-7,
-            "relative_attention": True,
-            "position_buckets": 256,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "pos_att_type": "p2c|c2p",
-            "position_biased_input": False,
-            "pooler_hidden_size": 1024,
-            "num_labels": 1,
-        },
-    ),
+    REWARD_MODEL: ("deberta-v2", WIDE | DEBERTA),
 }
 
 # ------------------------------------------------------------------------------------
@@ -180,11 +160,12 @@ class Stopwatch:
     def write(self, model, inputs=None, **options):
         """`model.generate`; padding counts as tokens."""
         started = time.time()
-        ids = self.generate(model, inputs, **options)
+        output = self.generate(model, inputs, **options)
         self.writing += time.time() - started
+        ids = getattr(output, "sequences", output)
         prompt = options["input_ids"] if inputs is None else inputs
         self.tokens += len(ids) * (ids.shape[1] - prompt.shape[1])
-        return ids
+        return output
 
     def start(self) -> None:
         self.started, self.writing, self.tokens = time.time(), 0.0, 0
@@ -484,10 +465,7 @@ def memory() -> dict:
 
 def train() -> dict:
     """The lesson itself on a pretrained model, but for the model and the reward."""
-    if (
-        not Path(os.environ.get("REAL_MODEL", "")).is_dir()
-        or "REAL_MODEL" not in os.environ
-    ):
+    if not Path(os.environ.get("REAL_MODEL", "no folder")).is_dir():
         sys.exit("REAL_MODEL must name a folder: this file's first lines say how.")
     return in_own_process(train_real, os.environ["REAL_MODEL"])
 

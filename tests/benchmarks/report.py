@@ -22,6 +22,7 @@ sections are not looked at.
 """
 
 import ast
+import itertools
 import re
 import statistics
 import sys
@@ -84,11 +85,6 @@ def spread(runs: list[dict], columns: list[str]) -> str:
     return table(["", "lowest", "median", "highest"], lines)
 
 
-def summary(part: dict) -> str:
-    """All figures of a part."""
-    return table(["", "figure"], [list(item) for item in part["summary"].items()])
-
-
 def texts(entry: dict) -> str:
     """Responses: those of a group by their rewards, others as they come."""
     responses, rewards = entry["texts"], entry.get("rewards")
@@ -126,14 +122,13 @@ def block(kind: str, words: str, results: dict[str, dict]) -> str:
     data = results.get(name, {}).get(part)
     if data is None or entry and entry[0] not in data:
         return f"*{words}: {MISSING}.*"
+    tables = {"rows": rows, "seeds": seeds, "spread": spread}
     if kind == "summary":
-        text = summary(data)
+        text = table(["", "figure"], [list(item) for item in data["summary"].items()])
     elif kind == "texts":
         text = texts(data[entry[0]])
     else:
-        text = {"rows": rows, "seeds": seeds, "spread": spread}[kind](
-            data[entry[0]], columns
-        )
+        text = tables[kind](data[entry[0]], columns)
     return f"{text}\n\n*This was {STALE}.*" if is_stale(data["origin"]) else text
 
 
@@ -181,99 +176,91 @@ def page() -> str:
 # ------------------------------------------------------------------------------------
 
 
+FIGURE = re.compile(r"(?<![\w.,/#:-])[-−+]?\d[\d,]*(?:\.\d+)?(?![\w/]|\.\d)")
+NO_FIGURE = re.compile(  # what stands before a number that is no measured figure
+    r"(arXiv|[Ss]ections?|eqs?\.|[Cc]hapter|Python|[Ll]essons?|[Ss]eeds?|al\.|"
+    r"[A-Z_]+ =) \(?$"
+)
+
+
+def value_of(figure: str) -> float:
+    """The size of a figure as it is printed."""
+    return abs(float(figure.replace(",", "").replace("−", "-")))
+
+
 def numbers_in(value: object) -> list[float]:
-    """All numbers of a result, and mean, median and ends of each column of its runs."""
-    if isinstance(value, bool) or value is None:
-        return []
-    if isinstance(value, int | float):
-        return [float(value)]
-    if isinstance(value, str):
-        return []
+    """All numbers in a part of the results, and mean and median of its runs."""
     if isinstance(value, dict):
-        return [
-            x
-            for key, each in value.items()
-            if key != "origin"
-            for x in numbers_in(each)
+        kept = [
+            x for key, x in value.items() if key not in ("origin", "curve", "texts")
         ]
-    found = [x for each in value for x in numbers_in(each)]
-    kinds = ("edit", "variation", "trainer")
-    if all(isinstance(run, dict) for run in value):
-        groups = {tuple(run.get(kind) for kind in kinds) for run in value}
-        for group in groups:
-            runs = [r for r in value if tuple(r.get(kind) for kind in kinds) == group]
-            for column in runs[0]:
-                cells = [x for run in runs for x in numbers_in(run.get(column))]
-                if cells:
-                    found += statistics.mean(cells), statistics.median(cells)
+        return [number for x in kept for number in numbers_in(x)]
+    if isinstance(value, list):
+        return [number for x in value for number in numbers_in(x)] + middles(value)
+    if isinstance(value, str):  # a line that the lesson printed
+        return [value_of(figure) for figure in FIGURE.findall(value)]
+    return [abs(float(value))] if type(value) in (int, float) else []
+
+
+def middles(runs: list) -> list[float]:
+    """Mean and median of each column, over the runs of one edit, variation, ..."""
+    groups, found = {}, []
+    for run in (run for run in runs if isinstance(run, dict)):
+        name = next(iter(run.values()))
+        groups.setdefault(name if isinstance(name, str) else "", []).append(run)
+    for column, group in itertools.product(runs[0] if groups else (), groups.values()):
+        cells = [r[column] for r in group if type(r.get(column)) in (int, float)]
+        if cells:
+            found += abs(statistics.mean(cells)), abs(statistics.median(cells))
     return found
 
 
-def constants_of(script: str) -> list[float]:
-    """The numbers in the code of a lesson."""
-    nodes = ast.walk(ast.parse(Path(ROOT, script).read_text("utf-8")))
-    values = [node.value for node in nodes if isinstance(node, ast.Constant)]
-    return [float(x) for x in values if type(x) in (int, float)]
-
-
-def figures_of(text: str) -> list[tuple[int, str, str]]:
-    """The figures of a text: line, figure, and the words around it."""
-    fenced = re.sub(
-        r"```.*?```", lambda m: "\n" * m[0].count("\n"), text, flags=re.DOTALL
-    )
-    pattern = re.compile(r"(?<![\w.,/#-])[-−+]?\d[\d,]*(?:\.\d+)?(?![\w/]|\.\d)")
-    not_figures = (
-        r"(arXiv|[Ss]ections?|eqs?\.|[Cc]hapter|Python|[Ll]essons?|[Ss]eeds?|step) \(?$"
-    )
+def figures_in(text: str) -> list[tuple[int, str]]:
+    """The figures of a text, each with its line."""
+    fences = re.compile("```.*?```", re.DOTALL)
+    text = fences.sub(lambda fence: "\n" * fence[0].count("\n"), text)
     found = []
-    for number, line in enumerate(fenced.splitlines(), 1):
-        line = re.sub(r"`[^`]*`|\]\([^)]*\)|\$[^$]*\$", lambda m: " " * len(m[0]), line)
-        for match in pattern.finditer(line):
-            figure = match[0].replace(",", "").replace("−", "-")
-            small = figure.lstrip("-+").isdigit() and abs(int(figure)) <= 12
-            if not small and not re.search(not_figures, line[: match.start()]):
-                around = line[max(0, match.start() - 30) : match.end() + 30].strip()
-                found.append((number, figure, around))
+    for number, line in enumerate(text.splitlines(), 1):
+        line = re.sub(r"`[^`]*`|\]\([^)]*\)|\$[^$]*\$", " ", line)
+        for match in FIGURE.finditer(line):
+            small = "." not in match[0] and value_of(match[0]) <= 12
+            if not small and not NO_FIGURE.search(line[: match.start()]):
+                found.append((number, match[0]))
     return found
 
 
 def is_known(figure: str, known: list[float]) -> bool:
-    """Is this one of the numbers, rounded as the figure is, or a share as percent?"""
-    decimals, value = len(figure.partition(".")[2]), abs(float(figure))
-    return any(
-        abs(round(scale * abs(x), decimals) - value) < 1e-9
-        for x in known
-        for scale in (1, 100)
-    )
+    """Is this one of the numbers, rounded as the figure is, or a share in percent?"""
+    decimals, value = len(figure.partition(".")[2]), value_of(figure)
+    shares = [100 * x for x in known if x <= 1]
+    return any(abs(x - value) <= 0.5001 * 10**-decimals for x in known + shares)
 
 
 def check() -> int:
-    """Print the figures that no result has; gives their number."""
-    results = {path.stem: read_results(path.stem) for path in RESULTS.glob("*.json")}
-    by_script, everything = {}, []
-    for parts in results.values():
-        everything += numbers_in(parts)
-        for script in {s for data in parts.values() for s in data["origin"]["code"]}:
-            by_script.setdefault(script, []).extend(numbers_in(parts))
-    scripts = {script: constants_of(script) for script in sorted(by_script)}
-    pages = {"README.md": ((ROOT / "README.md").read_text("utf-8"), everything)}
-    pages["README.md"][1].extend(x for found in scripts.values() for x in found)
-    for script, constants in scripts.items():
-        docstring = ast.get_docstring(
-            ast.parse((ROOT / script).read_text("utf-8")), clean=False
-        )
-        pages[script] = (docstring, by_script[script] + constants)
-    missing = 0
-    for name, (text, known) in pages.items():
-        for line, figure, around in figures_of(text):
-            if not is_known(figure, known):
-                missing += 1
-                print(f"{name}:{line}: {figure:>10}   {around}")
-    for name, parts in results.items():
-        for part in (part for part, data in parts.items() if is_stale(data["origin"])):
-            print(f"{name}.py {part}: {STALE}")
-    print(f"{missing} figures are not in the results.")
-    return missing
+    """Print the figures that no result has, and what is stale; gives their number."""
+    texts, known = {"README.md": (ROOT / "README.md").read_text("utf-8")}, {}
+    for path in RESULTS.glob("*.json"):
+        for part, data in read_results(path.stem).items():
+            if is_stale(data["origin"]):
+                print(f"{path.stem}.py {part}: {STALE}")
+            for name in {"README.md", *data["origin"]["code"]}:
+                known.setdefault(name, []).extend(numbers_in(data))
+    for script in known.keys() - {"README.md"}:
+        tree = ast.parse((ROOT / script).read_text("utf-8"))
+        texts[script] = ast.get_docstring(tree, clean=False) or ""
+        constants = [
+            node.value for node in ast.walk(tree) if type(node) is ast.Constant
+        ]
+        for name in (script, "README.md"):
+            known[name] += [float(x) for x in constants if type(x) in (int, float)]
+    missing = [
+        f"{name}:{line}: {figure}"
+        for name, text in texts.items()
+        for line, figure in figures_in(text)
+        if not is_known(figure, known.get(name, []))
+    ]
+    print("\n".join([*missing, f"{len(missing)} figures are not in the results."]))
+    return len(missing)
 
 
 if __name__ == "__main__":
