@@ -412,26 +412,23 @@ def test_a_checkpoint_is_whole_whenever_the_writing_of_the_next_one_stops(
     assert loaded(tmp_path / "model")
 
 
+@pytest.mark.parametrize("call", [4, 5], ids=["at step 1", "while measuring"])
 def test_a_bug_in_the_reward_function_keeps_the_run_beside_the_last_good_one(
-    settings, tmp_path
+    settings, tmp_path, call
 ):
-    settings(REWARD_FUNCTION=low_words)
     lesson.main()
     good, calls = contents(tmp_path / "model"), []
 
     def judge(prompt, responses):
         calls.append(prompt)
-        return {}["a bug"] if len(calls) == bugs[0] else low_words(prompt, responses)
+        return {}["a bug"] if len(calls) == call else low_words(prompt, responses)
 
     settings(REWARD_FUNCTION=judge, LR=0.1)
-    bugs = []
-    for bugs[:] in ([4], [5]):  # two calls measure; at step 1, and while measuring
-        calls.clear()
-        with pytest.raises(KeyError):
-            lesson.main()
-        kept = loaded(tmp_path / "model_interrupted")
-        assert (weights(kept) - weights(tiny_policy()[0])).abs().max() > 0.05
-        assert contents(tmp_path / "model") == good and "learning_curve.png" in good
+    with pytest.raises(KeyError):
+        lesson.main()
+    kept = loaded(tmp_path / "model_interrupted")
+    assert (weights(kept) - weights(tiny_policy()[0])).abs().max() > 0.05
+    assert contents(tmp_path / "model") == good and "learning_curve.png" in good
     assert len(list(tmp_path.iterdir())) == 2
 
 
