@@ -732,12 +732,11 @@ def load_models() -> tuple[nn.Module, Tokenizer, Callable]:
     policy, tokenizer = load_policy(found[0])
     if REWARD_FUNCTION is not None:
         return policy, tokenizer, REWARD_FUNCTION
-    model, reader = load_model(
-        transformers.AutoModelForSequenceClassification, found[1]
-    )
-    if model.num_labels != 1:
-        sys.exit(f"{found[1]}: it has {model.num_labels} outputs, not 1 score")
-    return policy, tokenizer, RewardModel(model, reader)
+    kind = transformers.AutoModelForSequenceClassification
+    with one_line_about(found[1]):
+        reward = RewardModel(*load_model(kind, found[1]))
+        reward(PROMPTS[0], ["A response."])  # so that what is wrong is said now
+    return policy, tokenizer, reward
 
 
 def find_model(name: str) -> str | None:
@@ -921,6 +920,8 @@ class RewardModel:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
+        if model.num_labels != 1:
+            raise ValueError(f"it has {model.num_labels} outputs, not 1 score")
         config = model.config.get_text_config()
         # With padding on the right, every token keeps its position. A decoder takes its
         # score from the last token that is no padding, so it must know that token. If
