@@ -59,7 +59,7 @@ Run it, and what you should see (the manual is in README.md)
 
 Try this (with the small models, seeds 0 to 2; the median gain in reward is 1.6)
     Edit              Gain
-    LR = 2e-5         LR2     The step is twice as long.
+    LR = 2e-5         4.0     At the end, nearly all responses end in time.
     NUM_SAMPLES = 2   0.5     With two responses, the advantages are always about +0.71
                               and -0.71, however close the two rewards are.
     INNER_STEPS = 4   4.5     But the responses become alike, and then odd: the policy
