@@ -279,10 +279,10 @@ if "TicTacToe-v0" not in gym.registry:
 
 def main() -> None:
     """Check the environment with Gymnasium's own checker and show one random game."""
-    # The checker wants the class itself, without the wrappers that `make` adds. It would
-    # also try to draw.
+    # The checker wants the class itself, without the wrappers that `make` adds, and is
+    # told not to try the render modes, one of which prints.
     check_env(gym.make("TicTacToe-v0").unwrapped, skip_render_check=True)
-    print("Gymnasium's check_env found nothing wrong. Now one game of random moves.\n")
+    print("Gymnasium's check_env found nothing wrong. Now one game of random moves.")
     env = gym.make("TicTacToe-v0", render_mode="ansi")
     _, info = env.reset()
     mover, terminated = "O", False

@@ -217,7 +217,7 @@ def print_report(actor: ActorNetwork) -> None:
             row = f"{wins + draws + losses:6}{wins:7}{draws:7}{losses:8}"
             most = 100 * best_possible(first)
             print(f"{name:11}{seat:7}{row}{100 * win:10.2f}{most:10.2f}")
-    print("\nlines: the lines of play, that is, all ways in which a game can go. Where no")
+    print("\nlines: the lines of play, that is, all ways in which a game can go. If no")
     print("line is lost, nobody can beat the agent. win %: what it wins against random")
     print("moves. at most: what a player can win so without ever risking a loss.")
 

@@ -1,69 +1,75 @@
-"""Picture of lesson 2: two games of the shipped agent, assets/tictactoe.gif.
+"""Draw assets/tictactoe.gif: the untrained agent of lesson 2 beside the trained one.
 
-python tests/benchmarks/pictures_tictactoe.py
+    python tests/benchmarks/pictures_tictactoe.py
+
+Four games each against random moves. Blue: the agent. Green: its actor's probabilities.
 """
 
-import io
+import sys
+from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
-import torch
-from common import ASSETS
-from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-import tictactoe_actorcritic as lesson
-from tictactoe_env import has_won
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import tictactoe_eval as card  # noqa: E402  (the line above finds it)
+from tictactoe_env import WINS, play_moves  # noqa: E402
+
+LARGE, SMALL = ImageFont.load_default(size=32), ImageFont.load_default(size=13)
+
+
+def films(name: str, actor, critic) -> list[list[Image.Image]]:
+    """The frames of each game of this agent."""
+    rng, score, games = np.random.default_rng(0), {1: 0, 0: 0, -1: 0}, []
+    for marks in ("XO", "OX", "XO", "OX"):  # the agent's mark, the other's
+        side, board, ended = 1 if marks == "XO" else -1, np.zeros(9, np.int8), False
+        games.append([])  # side: +1 where the agent is to move, else -1
+        while not ended:
+            shades, cell = np.zeros(9), rng.choice(np.flatnonzero(board == 0))
+            if side == 1:
+                shades, _ = card.thoughts(actor, critic, board)
+                cell = card.best_move(actor, board)
+            boards, rewards, ends, _ = play_moves(board[None], np.array([cell]))
+            board, ended, result = boards[0], ends[0], int(side * rewards[0])
+            side = -side
+            score[result] += ended
+            caption = f"{name}\nwon {score[1]}, drew {score[0]}, lost {score[-1]}"
+            games[-1].append(draw(side * board, marks, shades, caption))
+    return games
+
+
+def draw(board: np.ndarray, marks: str, shades: np.ndarray, text: str) -> Image.Image:
+    """A picture of the board (9,), +1 the agent; three in a row are on yellow."""
+    image = Image.new("RGB", (170, 200), "white")
+    pen = ImageDraw.Draw(image)
+    pen.multiline_text((10, 2), text, "black", SMALL)
+    for cell, mark in enumerate(board):
+        x, y = 10 + cell % 3 * 50, 40 + cell // 3 * 50
+        pale = int(255 - 150 * shades[cell])
+        won = cell in WINS[abs(board[WINS].sum(axis=1)) == 3]
+        ground = "#ffe680" if won else (pale, 255, pale)
+        pen.rectangle((x, y, x + 50, y + 50), ground, "#808080")
+        letter, colour = ("", *marks)[mark], ("", "#1f4fd0", "#d03020")[mark]
+        if mark:
+            pen.text((x + 25, y + 25), letter, colour, LARGE, anchor="mm")
+    return image
 
 
 def main() -> None:
-    """Write two games against random moves; green: how likely the agent moves there."""
-    actor = lesson.load_actor()
-    random, frames = np.random.default_rng(1), []
-    for agent_first in (True, False):
-        board, agents_turn, won = np.zeros(9, dtype=np.int8), agent_first, False
-        while not won and (board == 0).any():
-            chances = np.zeros(9)
-            if agents_turn:
-                legal = torch.from_numpy(board == 0)[None]
-                logits = actor(torch.from_numpy(board[None]).float())
-                masked = lesson.mask_illegal(logits, legal)
-                chances = masked.softmax(1)[0].detach().numpy()
-                move = int(chances.argmax())
-                frames.append(frame(board, agents_turn == agent_first, chances))
-            else:
-                move = int(random.choice(np.flatnonzero(board == 0)))
-            board[move] = 1
-            won = bool(has_won(board[None])[0])
-            frames.append(frame(board, agents_turn == agent_first, np.zeros(9)))
-            board, agents_turn = -board, not agents_turn
-        frames += frames[-1:] * 2
-    path = ASSETS / "tictactoe.gif"
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=700, loop=0)
-
-
-def frame(board: np.ndarray, x_to_move: bool, chances: np.ndarray) -> Image.Image:
-    """A picture of the board (9,), +1 the side to move; the chances (9,) are shaded."""
-    figure = Figure(figsize=(2, 2), dpi=100)
-    axes = figure.add_axes((0.05, 0.05, 0.9, 0.9))
-    axes.imshow(chances.reshape(3, 3), cmap="Greens", vmin=0, vmax=1.3)
-    for cell in np.flatnonzero(board):
-        x = (board[cell] == 1) == x_to_move
-        axes.text(
-            cell % 3,
-            cell // 3,
-            "X" if x else "O",
-            size=30,
-            ha="center",
-            va="center",
-            color="tab:red" if x else "tab:blue",
-        )
-    for edge in (0.5, 1.5):
-        axes.axhline(edge, color="0.3")
-        axes.axvline(edge, color="0.3")
-    axes.axis("off")
-    file = io.BytesIO()
-    figure.savefig(file)
-    return Image.open(file).convert("RGB")
+    """Play with both agents, and write their games side by side."""
+    frames, durations = [], []
+    trained = films("Trained", card.load_actor(), card.load_critic())
+    for pair in zip(films("Untrained", *card.untrained()), trained, strict=True):
+        for both in zip_longest(*pair):  # whose game is over waits for the other
+            both = [frame or film[-1] for frame, film in zip(both, pair, strict=True)]
+            frames.append(Image.fromarray(np.hstack(both)).quantize(32))
+            durations.append(500)
+        durations[-1] = 1500
+    options = {"save_all": True, "append_images": frames[1:], "loop": 0}
+    frames[0].save(ROOT / "assets" / "tictactoe.gif", duration=durations, **options)
 
 
 if __name__ == "__main__":
