@@ -22,6 +22,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
@@ -50,8 +51,8 @@ def run_main(lesson: ModuleType, **settings) -> tuple[list, float, list[str]]:
     """Run the lesson's own main() without a word on the screen.
 
     Gives the history from which the lesson would draw its learning curve, the seconds,
-    and the lines that it printed. A run that misses its aim ends main() with
-    SystemExit; it counts like any other.
+    and the lines that it printed (without the names of temporary files). A run that
+    misses its aim ends main() with SystemExit; it counts like any other.
     """
     history, printed = [], io.StringIO()
     settings = {
@@ -66,7 +67,8 @@ def run_main(lesson: ModuleType, **settings) -> tuple[list, float, list[str]]:
         contextlib.suppress(SystemExit),
     ):
         lesson.main()
-    return history, time.perf_counter() - start, printed.getvalue().splitlines()
+    seconds, lines = time.perf_counter() - start, printed.getvalue().splitlines()
+    return history, seconds, [x for x in lines if tempfile.gettempdir() not in x]
 
 
 def in_own_process(function: Callable, *arguments: object) -> dict:

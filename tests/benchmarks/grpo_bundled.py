@@ -58,11 +58,6 @@ def held_out_prompts() -> list[str]:
     return [f"Explain why {topic} is important." for topic in topics[:40:10]]
 
 
-# ------------------------------------------------------------------------------------
-# Rows: each is a process of its own
-# ------------------------------------------------------------------------------------
-
-
 @functools.cache
 def reward_model() -> tuple:
     """The bundled reward model and its tokenizer."""
@@ -155,11 +150,6 @@ def pairwise() -> dict:
     return {flaw: round(100 * statistics.mean(w), 2) for flaw, w in won.items()}
 
 
-# ------------------------------------------------------------------------------------
-# Figures of a set of responses
-# ------------------------------------------------------------------------------------
-
-
 def judge(texts: list[str]) -> float:
     """The teacher's mean log-likelihood of responses to TRAINED, in nats a token."""
     import torch
@@ -245,11 +235,6 @@ def train(seed: int, settings: dict) -> tuple[dict, list[str]]:
     } | after
     print(settings, row, flush=True)
     return row, found[TRAINED]["texts"][:10]
-
-
-# ------------------------------------------------------------------------------------
-# Parts
-# ------------------------------------------------------------------------------------
 
 
 def pairs() -> dict:

@@ -48,7 +48,8 @@ def main() -> None:
                 failed.append(script.name)
     except KeyboardInterrupt:
         sys.exit("Interrupted; the same command goes on with this benchmark.")
-    run(FOLDER / "report.py")
+    if not run(FOLDER / "report.py"):
+        failed.append("report.py")
     if failed:
         sys.exit(f"Failed: {', '.join(failed)}. The same command tries these again.")
 
