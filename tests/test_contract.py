@@ -425,6 +425,7 @@ def test_in_a_notebook_the_end_is_a_line_and_the_curve_is_shown(
 ):
     shown, notebook = [], types.ModuleType("IPython.display")
     notebook.display, notebook.Image = shown.append, lambda *a, **k: (a, k)
+    notebook.version_info = (9, 0)  # which matplotlib wants to know
     for name, module in [("IPython", notebook), ("IPython.display", notebook)]:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setitem(sys.modules, "ipykernel", notebook)
