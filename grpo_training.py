@@ -568,10 +568,11 @@ def main() -> None:
             if accelerator.check_trigger():  # in any of the processes
                 sys.exit(f"Stopped after {len(run['rewards'])} of {NUM_STEPS} steps.")
         print_gain(run["before"], evaluate(policy, tokenizer, reward))
-        say(f"\nWritten:\n{save('')}\nHow to use the model: README.md, lesson 4")
-        if accelerator.is_main_process:
-            for folder in checkpoint_folders():  # the run has reached its end
-                shutil.rmtree(folder, ignore_errors=True)
+        folder = save("")
+        say(f"\nWritten:\n{folder}\nHow to use the model: README.md, lesson 4")
+        show_in_notebook(Path(folder, "learning_curve.png"))
+        if (SAVE_EVERY or RESUME) and accelerator.is_main_process:
+            shutil.rmtree(folder_of("_checkpoint"), ignore_errors=True)  # of this run
     accelerator.end_training()
 
 
@@ -613,7 +614,7 @@ def check_settings() -> None:
         isinstance(text, str) and text.strip() for text in sum(lists, [])
     )
     steps = NUM_STEPS, PROMPTS_PER_STEP, INNER_STEPS, MICRO_BATCH_SIZE, REPORT_EVERY
-    suffixes = ["", "_interrupted"] + ["_checkpoint"] * bool(SAVE_EVERY)
+    suffixes = ["", "_interrupted"] + ["_checkpoint"] * bool(SAVE_EVERY or RESUME)
     bundled = folder_of("").resolve().is_relative_to(TINY_MODELS)
     split = {os.getenv(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
     rules = {
@@ -657,10 +658,12 @@ def folder_of(suffix: str) -> Path:
 
 
 def files_of(folder: Path) -> set[str]:
-    """The names of what earlier runs wrote into a folder: see save_run."""
-    log, ours = folder / "training_log.json", {"unfinished.tmp", "replaced.tmp"}
-    written = json.loads(log.read_text())["files"] if log.exists() else []
-    return {*written, *ours, "checkpoint", "older_checkpoint"}
+    """The names of what earlier runs wrote into a folder, as save_run noted them."""
+    names = {"unfinished.tmp", "replaced.tmp", "checkpoint", "older_checkpoint"}
+    for place in (".", "unfinished.tmp", "replaced.tmp"):  # a run may have been killed
+        log = folder / place / "training_log.json"
+        names |= set(json.loads(log.read_text())["files"]) if log.exists() else set()
+    return names
 
 
 def is_ours(folder: Path) -> bool:
@@ -792,7 +795,8 @@ def merge_adapter(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> nn
         model.resize_token_embeddings(len(tokenizer))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
-        return PeftModel.from_pretrained(model, name).merge_and_unload()
+        model = PeftModel.from_pretrained(model, name).merge_and_unload()
+    return model.requires_grad_(True)  # peft had frozen the weights
 
 
 def load_policy(name: str) -> tuple[nn.Module, Tokenizer]:
@@ -808,6 +812,7 @@ def load_policy(name: str) -> tuple[nn.Module, Tokenizer]:
     from peft import LoraConfig, get_peft_model
 
     layers = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    set_seed(SEED)  # half of the new matrices begin with random numbers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft sets right itself what it warns about
         return get_peft_model(policy, LoraConfig(r=LORA_RANK, **layers)), tokenizer
@@ -1244,6 +1249,14 @@ def draw_learning_curve(rewards: list[Tensor], path: Path) -> None:
     axes.set(title="GRPO (band: +- 1 std)", xlabel="step", ylabel="reward")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
+
+
+def show_in_notebook(picture: Path) -> None:
+    """Show the learning curve below the cell, if this runs in a notebook."""
+    if "ipykernel" in sys.modules and picture.exists():
+        from IPython.display import Image, display
+
+        display(Image(filename=str(picture)))
 
 
 if __name__ == "__main__":

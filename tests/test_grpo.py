@@ -1,11 +1,10 @@
-"""Tests of lesson 4: grpo_training.py, on tiny models that they build themselves."""
+"""Tests of lesson 4: its equations, the sampling, the rewards and the learning.
 
-import ast
+The models are tiny and built here. Runs, files and processes: test_grpo_runs.py.
+"""
+
 import itertools
-import re
-import signal
 import types
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -14,21 +13,21 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.test_utils.testing import AccelerateTestCase
+from lessons import spy_on
 from transformers import (
-    AutoModelForCausalLM,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 import grpo_training as lesson
 
-ROOT = Path(lesson.__file__).parent
-PAGE = (ROOT / "grpo_training.py").read_text()
 EOS, WORDS = 64, 64  # the tiny policy's words are w0 ... w63, ids 0 to 63
 PROMPT = "w1 w2 w3"
 PROMPT_IDS = torch.tensor([[1, 2, 3]])
@@ -66,10 +65,20 @@ def tiny_policy(seed=0):
         bos_token_id=EOS,
         eos_token_id=EOS,
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return ready(GPT2LMHeadModel(config)), tiny_tokenizer()
+
+
+def tiny_tokenizer():
+    return PreTrainedTokenizerFast(
         tokenizer_object=word_tokenizer(), eos_token="<eos>", unk_token="<unk>"
     )
-    return GPT2LMHeadModel(config).eval(), tokenizer
+
+
+def ready(model):
+    """A model as load_policy leaves it."""
+    model.shipped_generation_config = model.generation_config
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[EOS])
+    return model.eval()
 
 
 def tiny_llama(kind=LlamaForCausalLM):
@@ -85,7 +94,7 @@ def tiny_llama(kind=LlamaForCausalLM):
         eos_token_id=EOS,
         pad_token_id=EOS,
     )
-    return kind(config).eval()
+    return ready(kind(config))
 
 
 def low_words(prompt, responses):
@@ -156,25 +165,17 @@ def settings(tmp_path, monkeypatch, folders):
     use(**SMALL, SAVE_DIR=str(tmp_path / "model"))
     use(POLICY_MODEL_NAME=str(folders / "policy"))
     use(REWARD_MODEL_NAME=str(folders / "reward"))
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    handlers = {number: signal.getsignal(number) for number in signals}
     yield use
-    for number, handler in handlers.items():  # start_accelerator() sets some
-        signal.signal(number, handler)
     AccelerateTestCase().tearDown()  # Accelerate keeps its state for the whole process
 
 
 def write_group(policy, tokenizer, samples=8):
-    """A batch for grpo_step: responses of the policy, rewarded for low words."""
+    """A group of the policy's responses, rewarded for low words."""
     torch.manual_seed(0)
-    pair = lesson.generate_group(policy, tokenizer, PROMPT, samples)
-    texts = tokenizer.batch_decode(pair[1], skip_special_tokens=True)
-    return {
-        "prompt_ids": pair[0],
-        "completion_ids": pair[1],
-        "mask": lesson.completion_mask(pair[1], EOS),
-        "advantages": lesson.group_advantages(torch.tensor(low_words(PROMPT, texts))),
-    }
+    group = lesson.generate_group(policy, tokenizer, PROMPT, samples)
+    group["rewards"] = torch.tensor(low_words(PROMPT, group["responses"]))
+    group["advantages"] = lesson.group_advantages(group["rewards"])
+    return group
 
 
 def short_policy():
@@ -184,27 +185,28 @@ def short_policy():
     return policy, tokenizer
 
 
-def run_step(policy, batch, rate=1.0, reference=None):
-    """One grpo_step with plain gradient descent, which shows the gradient's length."""
+def run_step(policy, *groups, rate=1.0, reference=None, accelerator=None):
+    """One step of train() on given groups, with plain gradient descent: its metrics.
+
+    The sampling and scoring are left out: what they would give are the groups.
+    """
+    accelerator = accelerator or Accelerator(cpu=True)
     optimizer = torch.optim.SGD(policy.parameters(), rate)
-    return lesson.grpo_step(Accelerator(cpu=True), policy, reference, optimizer, batch)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    given = iter(groups)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lesson, "PROMPTS", [PROMPT])
+        patch.setattr(lesson, "PROMPTS_PER_STEP", len(groups))
+        patch.setattr(lesson, "NUM_SAMPLES", len(groups[0]["mask"]))
+        patch.setattr(lesson, "generate_group", lambda *_: dict(next(given)))
+        patch.setattr(lesson, "score_responses", lambda *_: scores.pop(0))
+        scores = [group["rewards"] for group in groups]
+        result = next(lesson.train(policy, None, reference, None, optimizer))
+        return lesson.measure(accelerator, result)
 
 
 def weights(policy):
     return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
-
-
-def spy_on(monkeypatch, name, then=lambda *args: None):
-    """The arguments of every call of a function of the lesson; `then` sees them too."""
-    calls, real = [], getattr(lesson, name)
-
-    def spy(*args):
-        calls.append(args)
-        then(*args)
-        return real(*args)
-
-    monkeypatch.setattr(lesson, name, spy)
-    return calls
 
 
 def fails_with(capsys, call, *words):
@@ -223,6 +225,9 @@ def fails_with(capsys, call, *words):
 # ------------------------------------------------------------------------------------
 
 
+END_IDS = torch.tensor([EOS])
+
+
 def loss_of(log_probs, old_log_probs=None, advantages=(1.0,), mask=None, **options):
     """grpo_loss with eps 0.2 and, unless asked for, without a mask and without KL."""
     mask = torch.ones(log_probs.shape) if mask is None else mask
@@ -232,24 +237,41 @@ def loss_of(log_probs, old_log_probs=None, advantages=(1.0,), mask=None, **optio
     return lesson.grpo_loss(log_probs, old, ref, advantages, mask, 0.2, beta)
 
 
-def test_the_docstring_cases_worked_by_hand():
-    advantages = lesson.group_advantages(torch.tensor([0.0, 1.0, 2.0]))
-    assert advantages.tolist() == pytest.approx([-0.9999, 0, 0.9999], abs=1e-6)
-    mask = lesson.completion_mask(torch.tensor([[5, 7, EOS, EOS]]), EOS)
-    assert mask.tolist() == [[1, 1, 1, 0]]
-    pi, ref = torch.tensor([[0.5]]).log(), torch.tensor([[0.25]]).log()
-    assert lesson.kl_estimate(pi, ref).item() == pytest.approx(0.1931, abs=1e-4)
-    now, then = torch.tensor([[0.6]]).log().requires_grad_(), torch.tensor([[0.4]])
-    for sign, expected in [(1.0, -1.2), (-1.0, 1.5)]:
-        loss = loss_of(now, then.log(), [sign])
-        assert loss.item() == pytest.approx(expected, abs=1e-5)
-        gradient = torch.autograd.grad(loss, now)[0]
-        assert (gradient.item() == 0) == (sign > 0)
-    model = FixedLogits(torch.tensor([[[0.0, 3.0], [0.0, 0.0]]]))
-    model.logits.data[0, 0, 1] = torch.tensor(3.0).log()
-    prompt, drawn = torch.tensor([[0]]), torch.tensor([[1]])
-    log_probs = lesson.completion_log_probs(model, prompt, drawn, 1.0)
-    assert log_probs.item() == pytest.approx(-0.2877, abs=1e-4)
+GROUP = torch.tensor([[1, 0, 0], [2, 0, 0], [2, 2, 0], [2, 2, 2]])  # yes, no, no no ...
+BEFORE, AFTER = torch.tensor([0.2, 0.4, 0.4]), torch.tensor([0.2, 0.6, 0.2])
+
+
+def test_one_group_goes_through_all_equations_as_the_docstrings_say():
+    mask = lesson.completion_mask(GROUP, torch.tensor([0]))
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]]
+    score = lesson.score_responses(
+        lambda prompt, texts: [2.0 * (text == "yes") for text in texts],
+        "Is exercise healthy?",
+        ["yes", "no", "no no", "no no no"],
+    )
+    assert score.tolist() == [2, 0, 0, 0]
+    advantages = lesson.group_advantages(score)
+    assert advantages.tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=2e-4)
+    model = FixedLogits(torch.zeros(4, 4, 3))
+    model.logits.data[:, 0, 1] = torch.tensor(3.0).log()
+    prompt = torch.zeros(4, 1, dtype=torch.long)
+    log_probs = lesson.completion_log_probs(model, prompt, GROUP, 1.0)
+    first = log_probs[:, 0].tolist()
+    assert first == pytest.approx([-0.5108, -1.6094, -1.6094, -1.6094], abs=1e-4)
+    old = log_probs.detach().clone()
+    old[:, 0] = BEFORE.log()[GROUP[:, 0]]
+    k3 = lesson.kl_estimate(AFTER.log(), BEFORE.log())
+    assert k3.tolist() == pytest.approx([0, 0.0721, 0.3069], abs=1e-4)
+    assert (AFTER * k3).sum().item() == pytest.approx(0.1046, abs=1e-4)
+    exact = (AFTER * (AFTER / BEFORE).log()).sum()
+    assert (AFTER * k3).sum().item() == pytest.approx(exact.item(), abs=1e-6)
+    advantages = torch.tensor([1.5, -0.5, -0.5, -0.5])
+    assert loss_of(old, old, advantages, mask).item() == pytest.approx(0, abs=1e-6)
+    loss = loss_of(log_probs, old, advantages, mask)
+    assert loss.item() == pytest.approx(-0.0667, abs=1e-4)
+    loss.backward()
+    assert model.logits.grad[:, 0].abs().max() == 0  # pushed far enough
+    assert model.logits.grad[:, 1].abs().min() > 0
 
 
 class FixedLogits(torch.nn.Module):
@@ -308,17 +330,21 @@ def test_the_mask_ends_after_the_first_end_token_wherever_it_is():
         (1, 2, 3, EOS): [1, 1, 1, 1],
         (1, 2, 3, 4): [1, 1, 1, 1],
         (1, EOS, 2, EOS): [1, 1, 0, 0],
+        (1, EOS - 1, 2, EOS): [1, 1, 1, 1],
         (EOS, EOS, EOS, EOS): [1, 0, 0, 0],
     }
-    mask = lesson.completion_mask(torch.tensor(list(rows)), EOS)
+    mask = lesson.completion_mask(torch.tensor(list(rows)), END_IDS)
     assert mask.tolist() == list(rows.values())
+    several = torch.tensor([[1, 7, EOS, 2], [EOS, 7, 1, 2], [1, 2, 3, 7]])
+    mask = lesson.completion_mask(several, torch.tensor([EOS, 7]))
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
 
 
 def test_prompt_and_filler_get_exactly_no_gradient_and_the_end_token_gets_some():
     torch.manual_seed(0)
     model = FixedLogits(torch.randn(1, 7, EOS + 1))
     ids = torch.tensor([[1, 2, 3, 4, EOS, EOS, EOS]])  # prompt of 3, then a response
-    mask = lesson.completion_mask(ids[:, 3:], EOS)
+    mask = lesson.completion_mask(ids[:, 3:], END_IDS)
     log_probs = lesson.completion_log_probs(model, ids[:, :3], ids[:, 3:], 1.0)
     ref = log_probs.detach() + 0.5
     loss_of(log_probs, mask=mask, ref_log_probs=ref, kl_coef=0.1).backward()
@@ -362,9 +388,9 @@ def test_the_clip_stops_the_push_only_past_the_edge_that_it_leads_to(sign, ratio
     loss_of(log_probs, old, [sign]).backward()
     stopped = (sign > 0 and ratio > 1.2) or (sign < 0 and ratio < 0.8)
     assert log_probs.grad.item() == pytest.approx(0 if stopped else -sign * ratio)
-    batch = {"mask": torch.ones(1, 1), "old_log_probs": old, "ref_log_probs": None}
-    figures = lesson.diagnose(log_probs, batch | {"advantages": torch.tensor([sign])})
-    assert figures[2].item() == stopped
+    batch = {"mask": torch.ones(1, 1), "old_log_probs": old, "loss": None}
+    batch |= {"log_probs": log_probs, "advantages": torch.tensor([sign])}
+    assert lesson.diagnose(batch)["clipped"].item() == stopped
 
 
 def test_the_mean_is_over_tokens_first_and_then_over_responses():
@@ -449,73 +475,122 @@ def test_the_switch_for_the_std_leaves_the_plain_difference():
     assert torch.allclose(scaled, lesson.group_advantages(rewards), atol=1e-3)
 
 
+@pytest.mark.parametrize("by_std", [False, True])
+def test_a_constant_in_all_rewards_is_a_baseline_only_without_the_std(by_std):
+    """The mean gradient over all groups of 3 texts, with and without 5 more reward."""
+    probs, payoff = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([1.0, -2, 4, 0])
+    logits, means = probs.log().requires_grad_(), []
+    for extra in (0.0, 5.0):
+        mean = torch.zeros(4)
+        for texts in itertools.product(range(4), repeat=3):
+            rewards = payoff[list(texts)]
+            scale = rewards.std() + 1e-4 if by_std else 1.0
+            log_probs = logits.log_softmax(0)[list(texts)].unsqueeze(1)
+            loss = loss_of(log_probs, advantages=(rewards + extra) / scale)
+            chance = probs[list(texts)].prod()
+            mean -= chance * torch.autograd.grad(loss, logits)[0]
+        means.append(mean)
+    assert torch.allclose(*means, atol=1e-4) != by_std
+
+
 # ------------------------------------------------------------------------------------
-# Collecting data
+# Sampling and scoring
 # ------------------------------------------------------------------------------------
 
+HOSTILE = {"do_sample": False, "top_k": 2, "top_p": 0.2, "temperature": 0.1}
+HOSTILE |= {"repetition_penalty": 5.0, "min_new_tokens": 3, "num_beams": 2}
+HOSTILE |= {"suppress_tokens": [1, 2, 3], "no_repeat_ngram_size": 1, "max_length": 5}
 
-@pytest.mark.parametrize(("top_p", "temperature"), [(1.0, 1.5), (0.7, 1.0), (0.9, 2.0)])
-def test_tokens_are_drawn_from_the_whole_vocabulary_or_its_exact_nucleus(
-    settings, top_p, temperature
+
+@pytest.mark.parametrize(("top_p", "temperature"), [(1.0, 1.5), (0.7, 1.0), (0.9, 2)])
+def test_tokens_are_sampled_from_the_whole_vocabulary_or_its_exact_nucleus(
+    settings, tmp_path, top_p, temperature
 ):
+    """Whatever generation settings the checkpoint brings."""
+    policy, tokenizer = tiny_policy()
+    policy.lm_head.weight.data[:, ::2] += 0.05 * torch.randn(EOS + 5, 16)
+    policy.generation_config = policy.shipped_generation_config
+    for part in (policy, tokenizer):
+        part.save_pretrained(tmp_path / "policy")
+    own = transformers.GenerationConfig(**HOSTILE, eos_token_id=EOS).to_json_string()
+    (tmp_path / "policy" / "generation_config.json").write_text(own)
+    settings(TOP_P=top_p, TEMPERATURE=temperature, MAX_NEW_TOKENS=1)
+    policy, tokenizer = lesson.load_policy(str(tmp_path / "policy"))
+    logits = policy(PROMPT_IDS).logits[:, -1].detach() / temperature
+    expected = transformers.TopPLogitsWarper(top_p)(None, logits).softmax(1)[0]
     torch.manual_seed(0)
-    settings(TOP_P=top_p, TEMPERATURE=temperature)
-    logits = 2 * torch.randn(2, 200)  # two rows that differ, 20,000 draws of each
-    warper = transformers.TopPLogitsWarper(top_p)
-    expected = warper(None, logits / temperature).softmax(1)
-    tokens = lesson.draw_tokens(logits.repeat(20_000, 1))
-    assert tokens.shape == (40_000, 1)
-    for row in (0, 1):
-        counts = torch.bincount(tokens[row::2, 0], minlength=200).float()
-        assert (counts[expected[row] == 0] == 0).all()
-        assert (counts > 0).sum() > 50 or top_p < 1  # a hidden top_k would leave 50
-        spread = (expected[row] * (1 - expected[row]) / 20_000).sqrt()
-        assert ((counts / 20_000 - expected[row]).abs() <= 5 * spread + 2e-4).all()
+    drawn = lesson.generate_group(policy, tokenizer, PROMPT, 20_000)["completion_ids"]
+    assert drawn.shape == (20_000, 1)
+    counts = torch.bincount(drawn[:, 0], minlength=len(expected)).float()
+    assert (counts[expected == 0] == 0).all() and (counts > 0).sum() > 5
+    spread = (expected * (1 - expected) / 20_000).sqrt()
+    assert ((counts / 20_000 - expected).abs() <= 5 * spread + 2e-4).all()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_cold_drawing_equals_the_library_s_greedy_search(settings, family):
-    settings(TEMPERATURE=1e-3, MAX_NEW_TOKENS=16)
-    policy, tokenizer = tiny_policy(3)
-    policy = policy if family == "gpt2" else tiny_llama()
-    policy.lm_head.weight.data.normal_()
-    prompt_ids, drawn = lesson.generate_group(policy, tokenizer, PROMPT, 3)
-    assert prompt_ids.tolist() == PROMPT_IDS.expand(3, -1).tolist()
-    greedy = policy.generate(
-        PROMPT_IDS, do_sample=False, max_new_tokens=16, pad_token_id=EOS
-    )[0, 3:]
-    for row in drawn:
-        assert row.tolist() == greedy.tolist()
+def tiny_opt():
+    """A random OPT, whose dropout is a function and no module."""
+    torch.manual_seed(4)
+    config = OPTConfig(
+        vocab_size=EOS + 5,
+        hidden_size=32,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        dropout=0.3,
+    )
+    return ready(OPTForCausalLM(config))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_probabilities_that_are_trained_are_those_that_were_drawn_from(
-    settings, monkeypatch, family
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize("options", [{}, {"LORA_RANK": 2, "KL_COEF": 0.1}])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_probabilities_that_are_trained_are_those_that_were_sampled_from(
+    settings, tmp_path, family, options, checkpointing
 ):
-    settings(TEMPERATURE=1.3)
-    policy, tokenizer = short_policy()
-    policy = policy if family == "gpt2" else tiny_llama()
-    calls = spy_on(monkeypatch, "draw_tokens")
-    batch = write_group(policy, tokenizer, 24)
-    drawn = (torch.stack([logits for (logits,) in calls], 1) / 1.3).log_softmax(2)
-    drawn = drawn.gather(2, batch["completion_ids"].unsqueeze(2)).squeeze(2)
-    trained = lesson.batch_log_probs(policy, batch)
-    assert 0 < batch["mask"].sum() < batch["mask"].numel() or family == "llama"
-    difference = (trained - drawn).masked_fill(batch["mask"] == 0, 0)
-    assert difference.abs().max() < 1e-5
+    """As main() prepares the policy, and with gradients, so in the mode that trains."""
+    policy = {"gpt2": lambda: short_policy()[0], "llama": tiny_llama, "opt": tiny_opt}
+    policy = policy[family]()
+    policy.generation_config = policy.shipped_generation_config
+    for part in (policy, tiny_tokenizer()):
+        part.save_pretrained(tmp_path / "policy")
+    settings(TEMPERATURE=1.3, MAX_NEW_TOKENS=12, **options)
+    policy, tokenizer = lesson.load_policy(str(tmp_path / "policy"))
+    if checkpointing:
+        lesson.recompute_activations(policy)
+    drawn = []
+    head = policy.get_output_embeddings()
+    hook = head.register_forward_hook(lambda m, args, out: drawn.append(out[:, -1]))
+    group = write_group(policy, tokenizer, 24)
+    hook.remove()
+    drawn = (torch.stack(drawn, 1) / 1.3).log_softmax(2)
+    drawn = drawn.gather(2, group["completion_ids"].unsqueeze(2)).squeeze(2)
+    for _ in range(2):  # and the same again: no dropout acts
+        trained = lesson.batch_log_probs(policy, group)
+        assert trained.requires_grad
+        difference = (trained - drawn).masked_fill(group["mask"] == 0, 0)
+        assert difference.abs().max() < 1e-5
+    assert 0 < group["mask"].sum() < group["mask"].numel() or family != "gpt2"
 
 
-def test_a_response_holds_end_tokens_after_its_end_and_writing_ends_with_the_last():
+def test_what_stands_behind_any_end_is_padding_and_no_text(settings):
     policy, tokenizer = short_policy()
+    policy.lm_head.weight.data[7] += 0.3
+    policy.generation_config.eos_token_id = [7, EOS]
     torch.manual_seed(0)
-    _, ids = lesson.generate_group(policy, tokenizer, PROMPT, 40)
-    mask = lesson.completion_mask(ids, EOS)
+    group = lesson.generate_group(policy, tokenizer, PROMPT, 40)
+    ids, mask = group["completion_ids"], group["mask"]
+    assert group["prompt_ids"].tolist() == PROMPT_IDS.expand(40, -1).tolist()
     assert 0 < mask.sum() < mask.numel() and ids.shape[1] == lesson.MAX_NEW_TOKENS
-    assert (ids[mask == 0] == EOS).all()
-    assert len({tuple(row.tolist()) for row in ids}) > 20
-    policy.transformer.ln_f.bias.data += 100 * policy.lm_head.weight.data[EOS]
-    _, ids = lesson.generate_group(policy, tokenizer, PROMPT, 4)
-    assert ids.tolist() == [[EOS]] * 4
+    assert (ids[mask == 0] == 7).all() and len(set(group["responses"])) > 20
+    last = [row[kept == 1][-1].item() for row, kept in zip(ids, mask, strict=True)]
+    for row, kept, text in zip(ids, mask, group["responses"], strict=True):
+        words = [i for i in row[kept == 1].tolist() if i not in (7, EOS)]
+        assert text.split() == [f"w{i}" for i in words if i < WORDS] or max(words) > EOS
+    assert {7, EOS} < set(last)
 
 
 def chat_policy(folder):
@@ -524,19 +599,23 @@ def chat_policy(folder):
     marks = {"additional_special_tokens": ["[CLS]", "[SEP]"]}
     tokenizer.add_special_tokens(marks)
     tokenizer.chat_template = (
-        "{% for m in messages %}[CLS] {{ m['role'] == 'user' and m['content'] }}"
-        "{% endfor %}{% if add_generation_prompt %} [SEP]{% endif %}"
+        "{% for m in messages %}[CLS] {{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %} [SEP]{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %} w9{% endif %}"
     )
-    policy.lm_head.weight.data[EOS + 2 : EOS + 4] += 0.2  # writes marks, too
+    policy.lm_head.weight.data[EOS + 2 : EOS + 4] += 0.2  # samples marks, too
+    policy.generation_config = policy.shipped_generation_config
     for part in (policy, tokenizer):
         part.save_pretrained(folder)
     return str(folder)
 
 
-def test_a_chat_model_gets_the_prompt_in_its_own_format(settings, tmp_path):
-    kind = transformers.AutoModelForCausalLM
-    tokenizer = lesson.load_model(kind, chat_policy(tmp_path / "chat"))[1]
-    marked = [[EOS + 2, 1, 2, 3, EOS + 3]]
+def test_a_chat_model_gets_its_own_format_and_ends_where_a_turn_ends(
+    settings, tmp_path
+):
+    policy, tokenizer = lesson.load_policy(chat_policy(tmp_path / "chat"))
+    assert policy.generation_config.eos_token_id == [EOS, EOS + 3]
+    marked = [[EOS + 2, 1, 2, 3, 9]]
     assert lesson.encode_prompt(tokenizer, PROMPT).tolist() == marked
     settings(USE_CHAT_TEMPLATE=False)
     assert lesson.encode_prompt(tokenizer, PROMPT).tolist() == [[1, 2, 3]]
@@ -545,67 +624,53 @@ def test_a_chat_model_gets_the_prompt_in_its_own_format(settings, tmp_path):
     assert lesson.encode_prompt(plain, PROMPT).tolist() == [[1, 2, 3]]
 
 
-def test_what_is_scored_and_printed_of_a_chat_is_plain_text(
-    settings, tmp_path, monkeypatch, capsys
-):
-    seen, wrote = [], []
-
-    def judge(prompt, responses):
-        seen.append((prompt, responses))
-        return [len(text) + i for i, text in enumerate(responses)]
-
-    settings(POLICY_MODEL_NAME=chat_policy(tmp_path / "chat"), REWARD_FUNCTION=judge)
-    batches = spy_on(monkeypatch, "grpo_step", lambda *a: wrote.append(a[4]))
-    lesson.main()
-    out = capsys.readouterr().out
-    texts = [text for _, responses in seen for text in responses]
-    ids = torch.cat([b["completion_ids"].flatten() for b in wrote])
-    assert (ids >= EOS + 2).any()  # marks were written
-    assert {prompt for prompt, _ in seen} == {PROMPT, "w4"}
-    for mark in ("[CLS]", "[SEP]", "<eos>"):
-        assert not any(mark in text for text in texts) and mark not in out
-    assert all(text in out for text in seen[2][1])
-    assert batches[0][4]["prompt_ids"][0].tolist() == [EOS + 2, 1, 2, 3, EOS + 3]
-
-
-@pytest.mark.parametrize("prompt", [[1, 2, 3], [EOS + 2, 1, 2, 3, EOS + 3]])
-def test_a_step_trains_the_response_and_its_end_and_nothing_of_the_prompt(prompt):
-    torch.manual_seed(0)
-    size = len(prompt)
-    batch = {
-        "prompt_ids": torch.tensor([prompt] * 2),
-        "completion_ids": torch.tensor([[7, EOS, EOS], [8, 9, EOS]]),
-        "advantages": torch.tensor([1.0, -1.0]),
-    }
-    batch["mask"] = lesson.completion_mask(batch["completion_ids"], EOS)
-    model = FixedLogits(torch.randn(2, size + 3, EOS + 5))
-    before = model.logits.detach().clone()
-    run_step(model, batch)
-    # The logits at place t choose the token at t + 1.
-    changed = (model.logits - before).abs().sum(2) > 0
-    for row, length in [(0, 2), (1, 3)]:
-        trained = [size - 1 <= t < size - 1 + length for t in range(size + 3)]
-        assert changed[row].tolist() == trained
+@pytest.mark.parametrize("keep", [False, True])
+def test_special_tokens_reach_the_reward_only_if_asked_for(settings, tmp_path, keep):
+    settings(KEEP_SPECIAL_TOKENS=keep)
+    policy, tokenizer = lesson.load_policy(chat_policy(tmp_path / "chat"))
+    group = write_group(policy, tokenizer, 30)
+    text = " ".join(group["responses"])
+    assert (group["completion_ids"] == EOS + 2).any()
+    assert ("[CLS]" in text) == keep
+    assert "[SEP]" not in text and "<eos>" not in text  # these are ends
 
 
 def load_reward(folder):
     kind = transformers.AutoModelForSequenceClassification
-    return lesson.load_model(kind, str(folder))
+    return lesson.RewardModel(*lesson.load_model(kind, str(folder)))
 
 
-def test_the_reward_model_reads_pairs_cut_on_the_response_only(folders):
-    model, tokenizer = load_reward(folders / "reward")
-    prompt, long = (" ".join(f"w{i}" for i in range(n)) for n in (30, 60))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_reward_model_reads_pairs_cut_on_the_response_only(tmp_path, side):
+    """And a score is the same alone and in a batch, whatever side is padded."""
+    tiny_reward_model(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    text = path.read_text().replace("{", f'{{"padding_side": "{side}",', 1)
+    path.write_text(text)
+    reward = load_reward(tmp_path)
+    prompt, long = (" ".join(f"w{i}" for i in range(n)) for n in (22, 60))
     responses = ["w5 w6", long, "w7"]
-    scores = lesson.score_responses(model, tokenizer, prompt, responses)
-    for text, score in zip(responses, scores, strict=True):
-        words = [int(w[1:]) for w in text.split()][: 48 - 33]
-        ids = [EOS + 2, *range(30), EOS + 3, *words, EOS + 3]
-        kinds = [0] * 32 + [1] * (len(words) + 1)
-        expected = model(
+    scores = reward(prompt, responses)
+    for response, score in zip(responses, scores, strict=True):
+        words = [int(w[1:]) for w in response.split()][: 48 - 25]
+        ids = [EOS + 2, *range(22), EOS + 3, *words, EOS + 3]
+        kinds = [0] * 24 + [1] * (len(words) + 1)
+        expected = reward.model(
             input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([kinds])
         ).logits
         assert score.item() == pytest.approx(expected.item(), abs=1e-5)
+        assert reward(prompt, [response]).item() == pytest.approx(
+            score.item(), abs=1e-5
+        )
+
+
+def test_a_prompt_too_long_for_the_reward_model_is_cut_and_said_so(tmp_path, capsys):
+    reward = load_reward(tiny_reward_model(tmp_path))
+    prompt = " ".join(f"w{i}" for i in range(60))
+    scores = [reward(prompt, ["w1 w2", "w3"]) for _ in range(2)]
+    assert torch.equal(*scores) and scores[0][0] != scores[0][1]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "prompt" in lines[0]
 
 
 def test_a_tokenizer_that_is_only_an_spm_model_works(tmp_path):
@@ -627,24 +692,20 @@ def test_a_tokenizer_that_is_only_an_spm_model_works(tmp_path):
         unk_piece="[UNK]",
         minloglevel=2,
     )
-    model, tokenizer = load_reward(tmp_path)
+    reward = load_reward(tmp_path)
     pieces = sentencepiece.SentencePieceProcessor(str(tmp_path / "spm.model"))
     prompt, response = "why is exercise good?", "it helps."
     expected = [1, *pieces.encode(prompt), 2, *pieces.encode(response), 2]
-    assert tokenizer(prompt, response).input_ids == expected
-    assert lesson.score_responses(model, tokenizer, prompt, [response]).isfinite()
+    assert reward.read(prompt, [response])["input_ids"].tolist() == [expected]
+    assert reward(prompt, [response]).isfinite()
 
 
-def test_the_responses_before_and_after_do_not_depend_on_the_seed(settings, capsys):
-    settings(REWARD_FUNCTION=low_words)
-    outs = []
-    for seed in (0, 1):
-        settings(SEED=seed)
-        lesson.main()
-        outs.append(capsys.readouterr().out)
-    before = [re.search(r"before +(\S+)", out)[1] for out in outs]
-    steps = [re.findall(r"\[\+\d\.\d\d\] .*", out) for out in outs]
-    assert before[0] == before[1] and steps[0] != steps[1]
+@pytest.mark.parametrize("answer", [[1.0], [[1.0]] * 4, 3.0, [torch.inf] * 4])
+def test_a_reward_that_is_no_finite_number_each_is_refused(capsys, answer):
+    texts = ["a"] * 4
+    fails_with(
+        capsys, lambda: lesson.score_responses(lambda *_: answer, "", texts), "finite"
+    )
 
 
 # ------------------------------------------------------------------------------------
@@ -653,7 +714,9 @@ def test_the_responses_before_and_after_do_not_depend_on_the_seed(settings, caps
 
 
 def ratios_of(calls):
-    return [(call[0] - call[1]).detach().exp() for call in calls]
+    return [
+        (call["log_probs"] - call["old_log_probs"]).detach().exp() for call in calls
+    ]
 
 
 def test_with_one_inner_step_ratio_is_1_and_loss_0_while_the_gradient_is_not(
@@ -661,74 +724,100 @@ def test_with_one_inner_step_ratio_is_1_and_loss_0_while_the_gradient_is_not(
 ):
     policy, tokenizer = tiny_policy()
     before = weights(policy)
-    calls = spy_on(monkeypatch, "grpo_loss")
-    figures = run_step(policy, write_group(policy, tokenizer))
+    calls = spy_on(monkeypatch, lesson, "grpo_loss")
+    metrics = run_step(policy, write_group(policy, tokenizer))
     assert (ratios_of(calls)[0] == 1).all()
-    assert f"{abs(figures['loss']):.4f}" == "0.0000" and figures["KL"] == 0
-    assert figures["clipped"] == 0 and figures["gradient"] > 1e-3
+    assert abs(metrics["loss"]) < 1e-5 and metrics["KL"] == 0
+    assert metrics["clipped"] == 0 and metrics["gradient"] > 1e-3
     assert not torch.equal(before, weights(policy))
 
 
-def test_with_two_inner_steps_the_ratio_leaves_1_and_the_clip_acts(
+def test_with_more_inner_steps_the_ratio_leaves_1_and_the_clip_acts(
     settings, monkeypatch
 ):
-    calls, results = spy_on(monkeypatch, "grpo_loss"), []
+    calls, results = spy_on(monkeypatch, lesson, "grpo_loss"), []
     for clip in (0.2, 1e-4, 1.0):
         settings(INNER_STEPS=3, CLIP_EPS=clip)
         calls.clear()
         policy, tokenizer = tiny_policy()
-        figures = run_step(policy, write_group(policy, tokenizer), rate=3.0)
+        metrics = run_step(policy, write_group(policy, tokenizer), rate=3.0)
         ratios = ratios_of(calls)
         assert len(ratios) == 3 and (ratios[0] == 1).all()
-        assert (ratios[2] - 1).abs().max() > 0.2  # against the policy that wrote
-        assert torch.equal(calls[1][1], calls[2][1])
-        results.append((weights(policy), figures["clipped"]))
+        assert (ratios[2] - 1).abs().max() > 0.2  # against the policy that sampled
+        assert torch.equal(calls[1]["old_log_probs"], calls[2]["old_log_probs"])
+        results.append((weights(policy), metrics["clipped"]))
     assert min(results[0][1], results[1][1]) > results[2][1] >= 0
     assert not torch.equal(results[0][0], results[2][0])
 
 
-def test_the_figures_of_a_step_worked_by_hand(settings):
-    settings(MAX_NEW_TOKENS=3)
+def test_the_metrics_of_a_batch_worked_by_hand(settings):
     half, third = torch.tensor(0.5).log(), torch.tensor(1 / 3).log()
     batch = {
         "mask": torch.tensor([[1, 0, 0], [1, 1, 1]]),
         "old_log_probs": torch.stack([half, 9 * half, third]).repeat(2, 1),
         "ref_log_probs": torch.full((2, 3), 0.25).log(),
         "advantages": torch.tensor([-1.0, 1.0]),
+        "log_probs": torch.stack([half, half, half]).repeat(2, 1),
+        "loss": torch.tensor(0.25),
     }
-    log_probs = torch.stack([half, half, half]).repeat(2, 1)
-    kl, entropy, clipped, length, cut_off = lesson.diagnose(log_probs, batch).tolist()
-    assert kl == pytest.approx(0.1931, abs=1e-4)
-    assert entropy == pytest.approx(0.6931, abs=1e-4)
-    assert clipped == pytest.approx((0 + 2 / 3) / 2)
-    assert length == 2 and cut_off == 0.5
-    settings(MAX_NEW_TOKENS=4)
-    assert lesson.diagnose(log_probs, batch)[4] == 0
+    for limit, cut_off in [(3, 0.5), (4, 0.0)]:
+        settings(MAX_NEW_TOKENS=limit)
+        metrics = {name: value.item() for name, value in lesson.diagnose(batch).items()}
+        assert metrics == {
+            "KL": pytest.approx(0.1931, abs=1e-4),
+            "entropy": pytest.approx(0.6931, abs=1e-4),
+            "clipped": pytest.approx((0 + 2 / 3) / 2),
+            "length": 2,
+            "cut off": cut_off,
+            "loss": 0.25,
+        }
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e9])
-def test_the_gradient_is_shortened_to_its_limit_and_printed_as_it_was(settings, limit):
+def test_the_gradient_is_scaled_down_to_its_limit_and_reported_as_it_was(
+    settings, limit
+):
     settings(MAX_GRAD_NORM=limit)
     policy, tokenizer = tiny_policy()
     before = weights(policy)
-    figures = run_step(policy, write_group(policy, tokenizer))
+    metrics = run_step(policy, write_group(policy, tokenizer))
     moved = (weights(policy) - before).norm().item()
-    assert figures["gradient"] > 0.01
-    assert moved == pytest.approx(min(limit, figures["gradient"]), rel=1e-3)
+    assert metrics["gradient"] > 0.01
+    assert moved == pytest.approx(min(limit, metrics["gradient"]), rel=1e-3)
 
 
-def test_one_step_makes_better_responses_likelier_and_worse_ones_rarer():
+def test_one_step_makes_better_responses_more_likely_and_worse_ones_less():
     policy, tokenizer = tiny_policy()
-    batch = write_group(policy, tokenizer)
+    group = write_group(policy, tokenizer)
 
     def likelihood():
-        log_probs = lesson.batch_log_probs(policy, batch).detach() * batch["mask"]
-        return log_probs.sum(1) / batch["mask"].sum(1)
+        log_probs = lesson.batch_log_probs(policy, group).detach() * group["mask"]
+        return log_probs.sum(1) / group["mask"].sum(1)
 
-    before, better = likelihood(), batch["advantages"] > 0
-    run_step(policy, batch, rate=0.01)
+    before, better = likelihood(), group["advantages"] > 0
+    run_step(policy, group, rate=0.01)
     change = likelihood() - before
     assert change[better].mean() > 0 > change[~better].mean()
+
+
+def test_a_step_trains_each_response_to_its_end_and_nothing_of_the_prompt():
+    torch.manual_seed(0)
+    group = {
+        "prompt_ids": torch.tensor([[1, 2, 3]] * 2),
+        "completion_ids": torch.tensor([[7, EOS, EOS], [8, 9, EOS]]),
+        "rewards": torch.tensor([1.0, 0.0]),
+        "responses": ["w7", "w8 w9"],
+    }
+    group["mask"] = lesson.completion_mask(group["completion_ids"], END_IDS)
+    model = FixedLogits(torch.randn(2, 6, EOS + 5))
+    before = model.logits.detach().clone()
+    run_step(model, group)
+    # The logits at place t choose the token at t + 1.
+    changed = (model.logits - before).abs().sum(2) > 0
+    assert changed.tolist() == [
+        [False, False, True, True, False, False],
+        [False, False, True, True, True, False],
+    ]
 
 
 def test_micro_batches_give_the_update_of_one_batch(settings):
@@ -736,66 +825,66 @@ def test_micro_batches_give_the_update_of_one_batch(settings):
     for size in (8, 3, 1):
         settings(MICRO_BATCH_SIZE=size, INNER_STEPS=2, KL_COEF=0.1)
         policy, tokenizer = short_policy()
-        batch = write_group(policy, tokenizer)
-        figures = run_step(policy, batch, 0.1, tiny_policy(5)[0])
-        results.append((weights(policy), figures))
+        group = write_group(policy, tokenizer)
+        metrics = run_step(policy, group, rate=0.1, reference=tiny_policy(5)[0])
+        results.append((weights(policy), metrics))
     assert not torch.equal(results[0][0], weights(short_policy()[0]))
     assert results[0][1]["KL"] > 0.01
-    for other, figures in results[1:]:
+    for other, metrics in results[1:]:
         assert torch.allclose(results[0][0], other, atol=1e-6)
-        assert figures == pytest.approx(results[0][1], rel=1e-3, abs=1e-6)
+        assert metrics == pytest.approx(results[0][1], rel=1e-3, abs=1e-6)
+
+
+def test_several_groups_give_the_mean_of_their_gradients_each_with_its_own_mean():
+    policy, tokenizer = short_policy()
+    groups = [write_group(policy, tokenizer), write_group(policy, tokenizer)]
+    groups[1]["rewards"] = 100 + torch.arange(8.0).flip(0)  # a prompt that is easier
+    gradients = []
+    for chosen in ([groups[0]], [groups[1]], groups):
+        policy, _ = short_policy()
+        before = weights(policy)
+        run_step(policy, *chosen)
+        gradients.append(before - weights(policy))
+    assert torch.allclose(gradients[2], (gradients[0] + gradients[1]) / 2, atol=1e-6)
 
 
 def test_the_group_s_size_does_not_set_what_is_held_at_once(settings):
-    settings(MICRO_BATCH_SIZE=2)
+    settings(MICRO_BATCH_SIZE=2, KL_COEF=0.1)
     policy, tokenizer = tiny_policy()
-    batch = write_group(policy, tokenizer, 9)
-    sizes = []
-    policy.lm_head.register_forward_pre_hook(
-        lambda module, args: sizes.append(tuple(args[0].shape[:2]))
-    )
-    run_step(policy, batch)
-    length = batch["mask"].shape[1]  # logits of the response only, not of the prompt
-    assert sizes == [(2, length)] * 4 + [(1, length)]
+    group = write_group(policy, tokenizer, 9)
+    sizes, reference = [], tiny_policy(5)[0]
+    for model in (policy, reference):
+        model.lm_head.register_forward_pre_hook(
+            lambda module, args: sizes.append(tuple(args[0].shape[:2]))
+        )
+    run_step(policy, group, reference=reference)
+    length = group["mask"].shape[1]  # logits of the response only, not of the prompt
+    assert sizes == [(2, length)] * 8 + [(1, length)] * 2
 
 
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_change(
     capsys, monkeypatch
 ):
     policy, tokenizer = tiny_policy()
-    batch, before, good = write_group(policy, tokenizer), weights(policy), None
+    group, before, good = write_group(policy, tokenizer), weights(policy), None
     good = lesson.grpo_loss
     for spoil in (
         lambda log_probs, loss: loss * torch.nan,
         lambda log_probs, loss: loss + (log_probs.sum() * 0).sqrt(),  # gradient only
     ):
         monkeypatch.setattr(lesson, "grpo_loss", lambda *a, f=spoil: f(a[0], good(*a)))
-        fails_with(capsys, lambda: run_step(policy, batch), "loss", "finite")
+        fails_with(capsys, lambda: run_step(policy, group), "loss", "finite")
         policy.zero_grad()
     assert torch.equal(before, weights(policy))
 
 
-def test_dropout_never_acts(settings, monkeypatch):
-    calls, training = spy_on(monkeypatch, "grpo_loss"), []
-    spy_on(monkeypatch, "grpo_step", lambda *a: training.append(a[1].training))
-    lesson.main()  # with dropout, the policy that learns is not the one that wrote
-    assert training == [False, False]
-    rows = []
-    policy, tokenizer = tiny_policy()
-    batch = write_group(policy, tokenizer)
-    for _ in range(2):
-        torch.seed()
-        rows.append(lesson.batch_log_probs(policy, batch))
-    assert torch.equal(*rows) and len(calls) == 2
-
-
-def learn(settings, monkeypatch, seed=0):
+def learn(settings, monkeypatch, seed=0, **others):
     """Mean rewards of the first and of the last 5 of 40 steps of main()."""
     settings(REWARD_FUNCTION=low_words, NUM_STEPS=40, NUM_SAMPLES=8, SEED=seed)
-    settings(LR=6e-3, MAX_NEW_TOKENS=8, EVAL_SAMPLES=2, PROMPTS=[PROMPT])
-    saved = spy_on(monkeypatch, "save_run")
+    settings(LR=6e-3, MAX_NEW_TOKENS=8, EVAL_SAMPLES=2, PROMPTS=[PROMPT], **others)
+    saved = spy_on(monkeypatch, lesson, "save_run")
     lesson.main()
-    means = torch.stack(saved[-1][2]).mean(1)
+    means = torch.stack(saved[-1]["rewards"]).flatten(1).mean(1)
     assert len(means) == 40
     return means[:5].mean().item(), means[-5:].mean().item()
 
@@ -807,80 +896,48 @@ def test_it_learns(settings, monkeypatch, seed):
 
 
 def test_it_learns_with_inner_steps_kl_and_micro_batches(settings, monkeypatch):
-    settings(INNER_STEPS=2, KL_COEF=0.01, MICRO_BATCH_SIZE=3, SCALE_BY_STD=False)
-    first, last = learn(settings, monkeypatch)
+    options = {"INNER_STEPS": 2, "KL_COEF": 0.01, "MICRO_BATCH_SIZE": 3}
+    first, last = learn(settings, monkeypatch, SCALE_BY_STD=False, **options)
     assert first < 0.65 and last > 0.8
 
 
-def test_it_unlearns_with_the_sign_flipped(settings, monkeypatch):
-    right = lesson.group_advantages
-    settings(group_advantages=lambda *a: -right(*a))
-    first, last = learn(settings, monkeypatch)
-    assert first > 0.35 and last < 0.15
-
-
-def test_it_does_not_learn_from_shuffled_advantages(settings, monkeypatch):
+@pytest.mark.parametrize(
+    ("spoil", "least", "most"), [("flip", 0, 0.15), ("shuffle", 0.25, 0.75)]
+)
+def test_it_unlearns_with_the_sign_flipped_and_nothing_from_shuffled_advantages(
+    settings, monkeypatch, spoil, least, most
+):
     right, source = lesson.group_advantages, torch.Generator().manual_seed(0)
-    settings(
-        group_advantages=lambda rewards, *others: right(rewards, *others)[
-            torch.randperm(len(rewards), generator=source)
-        ]
-    )
-    assert 0.25 < learn(settings, monkeypatch)[1] < 0.75
+
+    def wrong(rewards, *others):
+        advantages = right(rewards, *others)
+        if spoil == "flip":
+            return -advantages
+        return advantages[torch.randperm(len(rewards), generator=source)]
+
+    settings(group_advantages=wrong)
+    assert least <= learn(settings, monkeypatch)[1] <= most
 
 
 def test_bf16_computes_in_bfloat16_and_keeps_float32_weights_that_move(
     settings, tmp_path, monkeypatch
 ):
     settings(MIXED_PRECISION="bf16", LR=1e-5)
-    used = set()
+    used, build = set(), lesson.load_models
 
-    def watch(accelerator, policy, *others):
-        head = policy.lm_head
-        head.register_forward_hook(lambda m, args, out: used.add(out.dtype))
-        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    def watched():
+        policy, *others = build()
+        policy.lm_head.register_forward_hook(lambda m, args, out: used.add(out.dtype))
+        return policy, *others
 
-    spy_on(monkeypatch, "grpo_step", watch)
+    settings(load_models=watched)
     lesson.main()
     assert used == {torch.bfloat16}
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype="auto"
+    )
     assert saved.dtype == torch.float32
     change = weights(saved) - weights(tiny_policy()[0])
     # Steps of 1e-5 that bfloat16 weights of 0.02 would lose. (Unused places stay.)
     large = weights(tiny_policy()[0]).abs() > 0.02
     assert (change[large] != 0).float().mean() > 0.8
-
-
-# ------------------------------------------------------------------------------------
-# The page itself
-# ------------------------------------------------------------------------------------
-
-
-def test_the_first_page_is_the_lesson_and_housekeeping_comes_last():
-    lines = PAGE.splitlines()
-    functions = {
-        node.name: node
-        for node in ast.parse(PAGE).body
-        if isinstance(node, ast.FunctionDef)
-    }
-    banners = [
-        lines.index(f"# {name}") + 1 for name in ("The equations", "Collecting data")
-    ]
-    below = lines.index("# Housekeeping") + 1
-    assert functions["main"].end_lineno < below
-    assert len(lines) - functions["main"].end_lineno <= 170
-    equations = [
-        name for name, f in functions.items() if banners[0] < f.lineno < banners[1]
-    ]
-    assert functions[equations[0]].lineno <= 190
-    for name, function in functions.items():
-        assert name in equations or len(function.args.args) <= 6, name
-
-
-def test_the_settings_are_20_to_26_constants_and_each_is_used():
-    page = PAGE.split("\n# Settings\n")[1].split("\n# The equations\n")
-    names = re.findall(r"^([A-Z_]+) = ", page[0], re.MULTILINE)
-    derived = {"HELD_OUT_SEED"}  # nobody needs to change it
-    assert 20 <= len(set(names) - derived) <= 26
-    for name in names:
-        assert re.search(rf"\b{name}\b", re.sub("#.*", "", page[1])), name
