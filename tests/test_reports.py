@@ -89,7 +89,7 @@ def test_patched_puts_everything_back_and_refuses_what_is_not_there():
     with pytest.raises(KeyError), common.patched(common, ROOT=1, RESULTS=2):
         assert (common.ROOT, common.RESULTS) == (1, 2)
         raise KeyError
-    assert (common.ROOT, common.RESULTS) == before
+    assert before == (common.ROOT, common.RESULTS)
     with pytest.raises(AttributeError):
         common.patched(common, ROOTS=1).__enter__()
 
