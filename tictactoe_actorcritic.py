@@ -268,11 +268,11 @@ def mask_illegal(logits: Tensor, action_mask: Tensor) -> Tensor:
 # WHY RANDOM MOVES? A good opponent does not make a beginner's mistakes. The learner
 # would hardly ever see the positions after such mistakes, and not learn to punish them.
 #
-# WHY ANOTHER CHANCE IN EACH GAME? So that the learner meets all kinds of opponents: with
-# a chance near 0, one that is as strong as it can be, against which it finds out which
-# of its own moves lose; with a chance near 1/2, one that blunders in nearly every game,
-# against which it finds out how to win. (In a game as small as this one, we measured no
-# advantage over the same chance, 1/4, in all games.)
+# WHY ANOTHER CHANCE IN EACH GAME? So that the learner meets all kinds of opponents. If
+# the chance is near 0, the opponent is as strong as it can be, and the learner finds
+# out which of its own moves lose. If it is near 1/2, the opponent blunders in nearly
+# every game, and the learner finds out how to win. (In a game as small as this one, we
+# measured no advantage over the same chance, 1/4, in all games.)
 # With a chance of 1 in every game, the opponent would be a random player, and the best
 # answer to a random player is to gamble: whoever takes the right risks moving second
 # wins 93.2 % of the games instead of 91.6 %, but a good player can punish these risks.
