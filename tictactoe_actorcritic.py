@@ -7,12 +7,13 @@ What you will learn
     lesson 1, train_cartpole.py, where the policy gradient is derived slowly; what is
     needed of it is derived here again.
 
-Four words for two networks
+Who is who
     The *actor* is a network that gives each move a probability: the policy. The
-    *critic* is a network that predicts how a game will end. In training, the actor
-    plays against the *opponent*, a frozen copy of an older actor; the actor's side of
-    such a game is called the *learner*, and its moves are sampled. The *agent* is the
-    actor when it plays in earnest: *greedily*, that is, always its most likely move.
+    *critic* is a second network; it predicts how a game will end. In training, the
+    actor plays against the *opponent*, a frozen copy of what it was some updates ago.
+    The actor's side of such a game is called the *learner*; its moves are sampled. The
+    *agent* is the finished player: the actor playing *greedily*, that is, always
+    making its most likely move.
 
 The algorithm in 7 steps
     1. Start from an actor and a critic that know nothing. The opponent is a frozen copy
@@ -164,7 +165,7 @@ ENTROPY_BONUS = 0.25
 LAST_SHARE = 0.05
 
 # Width of the two hidden layers of each network. With very few units, a network cannot
-# tell all positions apart; more units than needed cost time in each update.
+# learn a good move for every position; more units than needed cost time.
 HIDDEN_UNITS = 64
 
 # The seed of all random numbers. On the same machine and with the same versions, the
@@ -267,9 +268,11 @@ def mask_illegal(logits: Tensor, action_mask: Tensor) -> Tensor:
 # WHY RANDOM MOVES? A good opponent does not make a beginner's mistakes. The learner
 # would hardly ever see the positions after such mistakes, and not learn to punish them.
 #
-# WHY ANOTHER CHANCE IN EACH GAME? With a chance near 0 the opponent is as strong as it
-# can be, and the learner finds out which of its own moves lose. With a chance near 1/2
-# the opponent blunders in nearly every game, and the learner finds out how to win.
+# WHY ANOTHER CHANCE IN EACH GAME? So that the learner meets all kinds of opponents. If
+# the chance is near 0, the opponent is as strong as it can be, and the learner finds
+# out which of its own moves lose. If it is near 1/2, the opponent blunders in nearly
+# every game, and the learner finds out how to win. (In a game as small as this one, we
+# measured no advantage over the same chance, 1/4, in all games.)
 # With a chance of 1 in every game, the opponent would be a random player, and the best
 # answer to a random player is to gamble: whoever takes the right risks moving second
 # wins 93.2 % of the games instead of 91.6 %, but a good player can punish these risks.
@@ -370,7 +373,8 @@ def play_games(
 # where E[ ] is the mean over games that are played. So grad J can be estimated by
 # playing, without knowing how the opponent chooses its moves. G is the result of the
 # game, the same for all its moves: nothing is paid before the end, so the rewards that
-# follow a move add up to the result. (Here nothing is discounted: gamma = 1.)
+# follow a move add up to the result. (The discount gamma of lesson 1 is 1 here: the
+# game is short, and a win counts in full however late it comes.)
 #
 # In (1), all moves of a game that was won are pushed up, the bad ones too. The mean
 # over many games corrects this, but slowly. It helps to subtract what was to be
@@ -431,9 +435,9 @@ def actor_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     Equation (1) has a sum over the moves of a game; the mean over all moves is the same
     but for a factor, the mean number of moves in a game.
 
-    The value of this loss says nothing about how well the actor plays. The better the
-    critic is, the closer to 0 the mean advantage is, in won and in lost games, so the
-    loss jumps around 0. Only its gradient counts.
+    The value of this loss says nothing about how well the actor plays, only its
+    gradient counts. The critic learns as well: it soon expects what the actor can do,
+    so that the advantages are near 0 on average, and the loss jumps around 0.
 
     `log_probs` is (B,), those of the moves that were made, with gradient; `advantages`
     is (B,). Returns a scalar.

@@ -40,6 +40,8 @@ Another game
     change one line of `play_moves` to
         rewards = -won.astype(np.float64) - illegal
     The other scripts of the lesson then train and measure an agent for it as they are.
+    With SEED = 0 it cannot be beaten after 800 updates either; against random moves, it
+    wins 60 % of the games moving first, and 99.9 % moving second.
     For a board of another size, change CELLS, WINS and `board_text` (and in
     tictactoe_eval.py `probabilities_text`); for other rules, everything in the first
     section below. Only a small game can be played in *every* possible way, as
