@@ -50,9 +50,10 @@ def patched(lesson: ModuleType, **settings) -> contextlib.AbstractContextManager
 def run_main(lesson: ModuleType, **settings) -> tuple[list, float, list[str]]:
     """Run the lesson's own main() without a word on the screen.
 
-    Gives the history from which the lesson would draw its learning curve, the seconds,
-    and the lines that it printed (without the names of temporary files). A run that
-    misses its aim ends main() with SystemExit; it counts like any other.
+    Gives the history from which the lesson would draw its learning curve, the seconds
+    of this process (other programs do not count), and the lines that it printed,
+    without the names of temporary files. A run that misses its aim ends main() with
+    SystemExit; it counts like any other. One that was stopped does not.
     """
     history, printed = [], io.StringIO()
     settings = {
@@ -60,14 +61,17 @@ def run_main(lesson: ModuleType, **settings) -> tuple[list, float, list[str]]:
     } | settings
     if hasattr(lesson, "WATCH_EVERY"):
         settings = {"WATCH_EVERY": 0} | settings
-    start = time.perf_counter()
+    start = time.process_time()
     with (
         patched(lesson, **settings),
         contextlib.redirect_stdout(printed),
         contextlib.suppress(SystemExit),
     ):
         lesson.main()
-    seconds, lines = time.perf_counter() - start, printed.getvalue().splitlines()
+    seconds, lines = time.process_time() - start, printed.getvalue().splitlines()
+    folders = {x.parent for x in settings.values() if isinstance(x, Path)}
+    if any([*folder.glob("*_interrupted*")] for folder in folders):
+        raise KeyboardInterrupt  # main() heard it and ended, so it must be passed on
     return history, seconds, [x for x in lines if tempfile.gettempdir() not in x]
 
 

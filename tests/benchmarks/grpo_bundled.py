@@ -34,6 +34,7 @@ TINY = ROOT / "grpo_tiny"
 SEEDS, SEEN_SEEDS = range(10, 15), range(5)
 EDIT_SEEDS = range(3)
 EDITS = {
+    "LR = 2e-5": {"LR": 2e-5},
     "NUM_SAMPLES = 2": {"NUM_SAMPLES": 2},
     "INNER_STEPS = 4": {"INNER_STEPS": 4},
     "KL_COEF = 0.4": {"KL_COEF": 0.4},

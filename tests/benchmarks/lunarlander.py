@@ -3,7 +3,8 @@
     pip install -r requirements.txt -r tests/benchmarks/requirements.txt
     taskset -c 0 python tests/benchmarks/lunarlander.py     on one core, 50 minutes
 
-Each run calls the lesson's own main(). Prints a line for each run and writes
+Each run calls the lesson's own main(). Seconds are those of this process: what other
+programs do meanwhile does not count. Prints a line for each run and writes
 results/lunarlander.json beside this file, and the learning curves with the frontier to
 assets/lunarlander_learning_curves.png. common.py lists the words that may follow the
 command. The parts:
@@ -63,10 +64,10 @@ def stepping_seconds(steps: int, seed: int) -> float:
     envs.reset(seed=seed)
     rows = steps // lesson.NUM_ENVS
     actions = np.random.default_rng(seed).integers(4, size=(rows, lesson.NUM_ENVS))
-    start = time.perf_counter()
+    start = time.process_time()
     for row in actions:
         envs.step(row)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 class Recorder:
@@ -74,7 +75,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.in_step, self.updates, self.snapshots = 0.0, 0, []
-        self.start, self.seconds, self.scores = time.perf_counter(), None, None
+        self.start, self.seconds, self.scores = time.process_time(), None, None
 
     def make_envs(self, copies: int):
         """The lesson's environments, with the time that is spent in step added up."""
@@ -82,9 +83,9 @@ class Recorder:
         step = envs.step
 
         def timed_step(actions):
-            start = time.perf_counter()
+            start = time.process_time()
             result = step(actions)
-            self.in_step += time.perf_counter() - start
+            self.in_step += time.process_time() - start
             return result
 
         envs.step = timed_step
@@ -93,14 +94,14 @@ class Recorder:
     def collect(self, envs, actor, *others):
         """Keep a copy of the actor, and when it was, every so many updates."""
         if self.updates % SNAPSHOT_EVERY == 0:
-            seconds = time.perf_counter() - self.start
+            seconds = time.process_time() - self.start
             self.snapshots.append((seconds, copy.deepcopy(actor)))
         self.updates += 1
         return originals["collect"](envs, actor, *others)
 
     def evaluate(self, policy, episodes, first_seed, greedy):
         """The training is over when the lesson evaluates."""
-        self.seconds = time.perf_counter() - self.start
+        self.seconds = time.process_time() - self.start
         self.scores = originals["evaluate"](policy, episodes, first_seed, greedy)
         return self.scores
 
@@ -172,9 +173,9 @@ def train_library(envs, steps: int, **settings) -> dict:
     model = stable_baselines3.PPO(
         "MlpPolicy", envs, seed=LIBRARY_SEED, device="cpu", **settings
     )
-    start = time.perf_counter()
+    start = time.process_time()
     model.learn(steps)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
 
     def policy(observations: torch.Tensor) -> torch.Tensor:
         return model.policy.get_distribution(observations).distribution.logits
