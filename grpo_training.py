@@ -52,14 +52,19 @@ Run it, and what you should see (the manual is in README.md)
     line below REWARD_MODEL_NAME to train them. (They are also used when the Hub cannot
     be reached.) With them, the seed 0 prints, among other lines:
     step  reward   std    best   loss     KL entropy clipped length cut off gradient
-       0   -1.35  1.77   +2.98 +0.000  0.000   1.001    0.0%   61.4     88%     2.86
+       0   -1.35  1.77   +2.98 +0.000  0.000    1.00    0.0%   61.4     88%     2.86
+      49   -0.09  2.09   +2.95 +0.000  0.000    1.04    0.0%   52.6     50%     2.94
+    32 fresh responses before training: mean reward -1.312 (std 1.316)
+    32 fresh responses after training: mean reward +0.287 (std 1.934)
 
-Try this (with the small models; each row is one edit)
-    NUM_SAMPLES = 2   The reward rises much less. With two responses, the advantages are
-                      always about +0.71 and -0.71, however close the rewards are.
-    INNER_STEPS = 4   The reward rises much more, but the texts turn into gibberish that
-                      the reward model likes.
-    KL_COEF = 0.4     The reward rises less: the policy stays nearer to the reference.
+Try this (with the small models, seeds 0 to 2; the median gain in reward is 1.6)
+    Edit              Gain
+    LR = 2e-5         4.0     At the end, nearly all responses end in time.
+    NUM_SAMPLES = 2   0.5     With two responses, the advantages are always about +0.71
+                              and -0.71, however close the two rewards are.
+    INNER_STEPS = 4   4.5     But the responses become alike, and then odd: the policy
+                              finds flaws of the reward model.
+    KL_COEF = 0.4     1.5     The policy stays nearer to the reference.
 
 When it goes wrong
     Watch the reward, which should rise. The loss says nothing: see grpo_loss. Read the
@@ -526,7 +531,7 @@ HEADER = (
 )
 ROW = (
     "{step:4d} {reward:+7.2f} {std:5.2f} {best:+7.2f} {loss:+6.3f} {KL:6.3f} "
-    "{entropy:7.3f} {clipped:7.1%} {length:6.1f} {cut off:7.0%} {gradient:8.2f}"
+    "{entropy:7.2f} {clipped:7.1%} {length:6.1f} {cut off:7.0%} {gradient:8.2f}"
 )
 
 
@@ -727,12 +732,11 @@ def load_models() -> tuple[nn.Module, Tokenizer, Callable]:
     policy, tokenizer = load_policy(found[0])
     if REWARD_FUNCTION is not None:
         return policy, tokenizer, REWARD_FUNCTION
-    model, reader = load_model(
-        transformers.AutoModelForSequenceClassification, found[1]
-    )
-    if model.num_labels != 1:
-        sys.exit(f"{found[1]}: it has {model.num_labels} outputs, not 1 score")
-    return policy, tokenizer, RewardModel(model, reader)
+    kind = transformers.AutoModelForSequenceClassification
+    with one_line_about(found[1]):
+        reward = RewardModel(*load_model(kind, found[1]))
+        reward(PROMPTS[0], ["A response."])  # so that what is wrong is said now
+    return policy, tokenizer, reward
 
 
 def find_model(name: str) -> str | None:
@@ -916,6 +920,8 @@ class RewardModel:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
+        if model.num_labels != 1:
+            raise ValueError(f"it has {model.num_labels} outputs, not 1 score")
         config = model.config.get_text_config()
         # With padding on the right, every token keeps its position. A decoder takes its
         # score from the last token that is no padding, so it must know that token. If

@@ -399,15 +399,6 @@ def test_the_mean_is_over_tokens_first_and_then_over_responses():
     assert loss.item() == pytest.approx(-(3 + 1) / 2)  # over all tokens: -(3 + 4) / 5
 
 
-def test_k3_averages_to_the_exact_kl_divergence_over_all_tokens():
-    torch.manual_seed(0)
-    log_pi, log_ref = torch.randn(2, 50).log_softmax(1)
-    expected = (log_pi.exp() * (log_pi - log_ref)).sum()
-    k3 = lesson.kl_estimate(log_pi, log_ref)
-    assert (log_pi.exp() * k3).sum().item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (k3 >= 0).all()
-
-
 def test_the_gradient_of_k3_is_that_of_the_reverse_kl_divergence():
     torch.manual_seed(0)
     logits = torch.randn(50).requires_grad_()
@@ -440,13 +431,6 @@ def test_wild_numbers_under_the_mask_do_not_become_nan():
         assert log_probs.grad[0, 1:].tolist() == [0, 0]
 
 
-def test_a_response_without_a_token_counts_as_0():
-    log_probs = torch.full((2, 2), -1.0, requires_grad=True)
-    loss = loss_of(log_probs, mask=torch.tensor([[1, 1], [0, 0]]))
-    loss.backward()
-    assert loss.isfinite() and log_probs.grad.isfinite().all()
-
-
 @pytest.mark.parametrize(
     "rewards", [[0.3] * 8, [0.0] * 4, [0.1 + 0.2, 0.3] * 4, [-1000.3] * 3]
 )
@@ -466,13 +450,6 @@ def test_rewards_that_are_small_or_near_to_each_other_are_not_taken_for_equal():
         half = (rewards[1] - rewards[0]) / 2
         assert advantages.tolist() == pytest.approx([-half, half], rel=0.02)
         assert lesson.group_advantages(torch.tensor(rewards))[1] > 0
-
-
-def test_the_switch_for_the_std_leaves_the_plain_difference():
-    rewards = torch.tensor([1.0, 2.0, 6.0])
-    assert lesson.group_advantages(rewards, False).tolist() == [-2, -1, 3]
-    scaled = lesson.group_advantages(rewards * 10)
-    assert torch.allclose(scaled, lesson.group_advantages(rewards), atol=1e-3)
 
 
 @pytest.mark.parametrize("by_std", [False, True])

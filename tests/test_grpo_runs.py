@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 import types
 
@@ -412,29 +411,6 @@ def test_a_checkpoint_is_whole_whenever_the_writing_of_the_next_one_stops(
     assert loaded(tmp_path / "model")
 
 
-def test_a_bug_in_the_reward_function_keeps_the_run_beside_the_last_good_one(
-    settings, tmp_path
-):
-    settings(REWARD_FUNCTION=low_words)
-    lesson.main()
-    good, calls = contents(tmp_path / "model"), []
-
-    def judge(prompt, responses):
-        calls.append(prompt)
-        return {}["a bug"] if len(calls) == bugs[0] else low_words(prompt, responses)
-
-    settings(REWARD_FUNCTION=judge, LR=0.1)
-    bugs = []
-    for bugs[:] in ([4], [5]):  # two calls measure; at step 1, and while measuring
-        calls.clear()
-        with pytest.raises(KeyError):
-            lesson.main()
-        kept = loaded(tmp_path / "model_interrupted")
-        assert (weights(kept) - weights(tiny_policy()[0])).abs().max() > 0.05
-        assert contents(tmp_path / "model") == good and "learning_curve.png" in good
-    assert len(list(tmp_path.iterdir())) == 2
-
-
 def test_a_run_that_ends_before_its_first_step_writes_nothing(settings, tmp_path):
     settings(REWARD_FUNCTION=lambda prompt, texts: {}["a bug"])
     with pytest.raises(KeyError):
@@ -554,39 +530,6 @@ def test_another_model_without_a_template_takes_the_old_one_s_place(
     assert tokenizer(PROMPT).input_ids == [1, 2, 3]
 
 
-def test_a_curve_that_cannot_be_drawn_loses_no_run(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(lesson, "draw_learning_curve", lambda *a: {}["a bug"])
-    lesson.main()
-    assert "could not be drawn" in capsys.readouterr().out
-    assert loaded(tmp_path / "model")
-
-
-NOTEBOOK = textwrap.dedent("""
-    import os, sys
-    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-    import grpo_training as lesson, test_grpo as tests
-    for name, value in tests.SMALL.items():
-        setattr(lesson, name, value)
-    lesson.POLICY_MODEL_NAME, lesson.SAVE_DIR = {policy!r}, {folder!r}
-    lesson.REWARD_FUNCTION = tests.low_words
-    lesson.main()
-""")
-
-
-def test_it_runs_in_a_notebook_and_shows_the_curve(folders, tmp_path):
-    nbformat, nbclient = (
-        pytest.importorskip("nbformat"),
-        pytest.importorskip("nbclient"),
-    )
-    names = {"root": str(ROOT), "policy": str(folders / "policy")}
-    code = NOTEBOOK.format(**names, folder=str(tmp_path / "model"))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    outputs = notebook.cells[0].outputs
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert loaded(tmp_path / "model")
-
-
 # ------------------------------------------------------------------------------------
 # Models and the Hub
 # ------------------------------------------------------------------------------------
@@ -640,14 +583,6 @@ def test_folders_that_hold_no_whole_model_are_refused_in_one_line(
     (folder("aborted") / "model.safetensors").unlink()
     config = folder("sizes") / "config.json"
     config.write_text(config.read_text().replace('"n_embd": 32', '"n_embd": 64'))
-    config = folder("quantised") / "config.json"
-    quantised = '{"quantization_config": {"quant_method": "gptq", "bits": 4}, '
-    config.write_text(config.read_text().replace("{", quantised, 1))
-    endless = folder("endless")
-    for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
-        known = json.loads((endless / name).read_text())
-        kept = {key: value for key, value in known.items() if "eos_token" not in key}
-        (endless / name).write_text(json.dumps(kept | {"eos_token_id": None}))
     for name, words in {
         "me/nothing": ["me/nothing", "Hub", "internet", "folder"],
         "./nothing": ["./nothing"],  # these can be no ids on the Hub
@@ -658,8 +593,6 @@ def test_folders_that_hold_no_whole_model_are_refused_in_one_line(
         tmp_path / "cut": ["cut"],
         tmp_path / "aborted": ["aborted"],
         tmp_path / "sizes": ["sizes"],
-        tmp_path / "quantised": ["quantised", "original"],
-        tmp_path / "endless": ["endless", "end"],
     }.items():
         settings(POLICY_MODEL_NAME=str(name))
         fails_with(capsys, lesson.main, *words)
@@ -685,17 +618,6 @@ def test_a_policy_needs_a_language_model_s_own_head(settings, tmp_path, capsys, 
     tiny_tokenizer().save_pretrained(tmp_path / "x")
     settings(POLICY_MODEL_NAME=str(tmp_path / "x"))
     fails_with(capsys, lesson.main, word)
-
-
-def test_an_encoder_is_no_policy(settings, tmp_path, capsys):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 64, "initializer_range": 0.5, "vocab_size": EOS + 5}
-    bert = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
-    bert.save_pretrained(tmp_path / "bert")
-    tiny_tokenizer().save_pretrained(tmp_path / "bert")
-    settings(POLICY_MODEL_NAME=str(tmp_path / "bert"))
-    fails_with(capsys, lesson.main, "bert", "tokens after")
 
 
 def test_an_adapter_is_merged_into_its_base_and_a_broken_one_refused(

@@ -3,10 +3,8 @@
 import gzip
 import importlib.util
 import json
-import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from lessons import LESSONS, copy_lesson, quiet_environment, spy_on
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,8 +30,6 @@ ANSWER = (
     "Regular exercise is important because it strengthens the heart and the muscles. "
     "It also reduces stress and helps people to sleep well."
 )
-README = (TINY / "README.md").read_text()
-ONE_LINE = " ".join(README.split())
 spec = importlib.util.spec_from_file_location("make_tiny", TINY / "make_tiny.py")
 make_tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_tiny)
@@ -41,19 +38,18 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def pair():
-    """((policy, tokenizer), (reward model, tokenizer)), as lesson 4 loads them."""
+    """((policy, tokenizer), reward model), as lesson 4 loads them."""
     return load_pair(TINY)
 
 
 def load_pair(folder):
-    return (
-        lesson.load_model(AutoModelForCausalLM, str(folder / "policy")),
-        lesson.load_model(AutoModelForSequenceClassification, str(folder / "reward")),
-    )
+    policy = lesson.load_policy(str(folder / "policy"))
+    kind = AutoModelForSequenceClassification
+    return policy, lesson.RewardModel(*lesson.load_model(kind, str(folder / "reward")))
 
 
 def rewards_of(pair, prompt, texts):
-    return lesson.score_responses(*pair[1], prompt, texts)
+    return pair[1](prompt, texts)
 
 
 # ------------------------------------------------------------------------------------
@@ -92,107 +88,6 @@ def test_the_plain_auto_classes_load_both_whole():
         assert 1e6 < sum(p.numel() for p in loaded.parameters()) < 4e6
 
 
-def test_the_readme_beside_the_pair_has_the_figures_and_texts_that_were_measured():
-    path = ROOT / "tests" / "benchmarks" / "results" / "grpo_tiny.json"
-    results = json.loads(path.read_text())
-    rows = re.findall(r"^\| (.+) \| ([\d.]+) \|$", README, re.MULTILINE)
-    assert len(rows) >= 5
-    for name, figure in rows:
-        assert figure == f"{results['summary'][name]:.4g}", name
-    quoted = re.findall(r"^\* (Before|After): (.+)$", README, re.MULTILINE)
-    assert [when for when, _ in quoted] == ["Before"] * 2 + ["After"] * 2
-    texts = results["before"]["texts"][:2] + results["runs"][0]["texts"][:2]
-    assert [text for _, text in quoted] == texts
-    assert f"`SEED = {results['runs'][0]['seed']}`" in README
-    judged = [run["judge"] for run in results["runs"]]
-    assert (
-        min(judged) > results["before"]["judge"] and "rises with every seed" in README
-    )
-    assert len(README.splitlines()) <= 70
-
-
-def test_the_readme_beside_the_pair_describes_the_models_and_the_settings_of_today():
-    policy = AutoModelForCausalLM.from_pretrained(TINY / "policy")
-    reward = AutoModelForSequenceClassification.from_pretrained(TINY / "reward")
-    for model in (policy, reward):
-        assert f" {sum(p.numel() for p in model.parameters()):,} |" in README
-        assert f"`{type(model).__name__}`" in README
-        sizes = model.config.n_layer, model.config.n_head, model.config.n_embd
-        assert sizes == (make_tiny.LAYERS, make_tiny.HEADS, make_tiny.WIDTH)
-    assert f" {', '.join(map(str, sizes))} |" in README
-    assert f" {policy.config.vocab_size:,} byte-level BPE tokens" in README
-    assert f" {policy.config.n_positions} tokens |" in README
-    size = sum(
-        p.stat().st_size for n in ("policy", "reward") for p in (TINY / n).iterdir()
-    )
-    assert f"({size / 1e6:.1f} MB together)" in README
-    assert f" {make_tiny.POLICY_TOKENS / 1e6:g} million tokens" in README
-    assert f" {100 * make_tiny.RAMBLING:g} % of the texts run on" in README
-
-
-def test_the_readme_beside_the_pair_counts_the_texts_as_they_are():
-    with gzip.open(make_tiny.TEXTS, "rt") as file:
-        written = [json.loads(line) for line in file]
-    topics = make_tiny.read_topics(make_tiny.TOPICS)
-    held_out = set(topics[make_tiny.HELD_OUT])
-    lines = make_tiny.clean(written)
-    learnt = [line for line in lines if line["topic"] not in held_out]
-    prompts = {(line["phrasing"], line["topic"]) for line in written}
-    wrote = f" wrote {len(written):,} answers to {len(prompts):,} prompts about "
-    assert f"{wrote}{len(topics)} topics" in ONE_LINE
-    assert (
-        f" {len(lines):,} remain after cleaning: {len(learnt):,} on "
-        f"{len(topics) - len(held_out)} topics to train on and "
-        f"{len(lines) - len(learnt):,} on {len(held_out)} held-out topics" in ONE_LINE
-    )
-    sentences = [len(re.findall(r"[^.!?]+[.!?]+", line["text"])) for line in lines]
-    share = sum(count >= 3 for count in sentences) / len(lines)
-    assert f"{share:.1%} have three or more".replace("%", " %") in ONE_LINE
-
-
-def test_the_readme_beside_the_pair_says_which_held_out_names_training_texts_contain():
-    with gzip.open(make_tiny.TEXTS, "rt") as file:
-        lines = make_tiny.clean([json.loads(line) for line in file])
-    held_out = set(make_tiny.read_topics(make_tiny.TOPICS)[make_tiny.HELD_OUT])
-    lines = [line for line in lines if line["topic"] not in held_out]
-    everything = "\n".join(line["text"] for line in lines)
-    present = [topic for topic in held_out if make_tiny.is_named(topic, everything)]
-    industry, email = (
-        sum(make_tiny.is_named(topic, line["text"]) for line in lines)
-        for topic in ("industry", "email")
-    )
-    assert f"{len(present)} of their names occur in training answers" in ONE_LINE
-    assert (
-        email == 1 and f'("industry" in {industry} of them, "email" in one)' in ONE_LINE
-    )
-    names = set(make_tiny.words_to_name(lines, held_out))
-    parts = [topic for topic in held_out if names & set(topic.lower().split())]
-    assert not names & held_out and "river" in names
-    assert f"single words of {len(parts)} names" in ONE_LINE
-
-
-def test_the_readme_beside_the_pair_counts_how_many_topics_were_renamed():
-    """Over the six epochs of `train_policy`, drawn again with the same seed."""
-    with gzip.open(make_tiny.TEXTS, "rt") as file:
-        lines = make_tiny.clean([json.loads(line) for line in file])
-    held_out = set(make_tiny.read_topics(make_tiny.TOPICS)[make_tiny.HELD_OUT])
-    lines = [line for line in lines if line["topic"] not in held_out]
-    names = make_tiny.words_to_name(lines, held_out)
-    source, renamed = random.Random(make_tiny.SEED), 0
-    for _ in range(6):
-        varied = make_tiny.vary(lines, names, source)
-        pairs = zip(varied, lines, strict=True)
-        renamed += sum(new["topic"] != old["topic"] for new, old in pairs)
-        # The order of the batches uses the same source; the lengths do not matter here.
-        make_tiny.batches_of_like_length(
-            [0] * len(lines), make_tiny.POLICY_BATCH, source
-        )
-    share = f"{100 * renamed / 6 / len(lines):.1f} %"
-    assert "about six epochs" in ONE_LINE
-    assert f"In {share} the topic is replaced" in ONE_LINE
-    assert f"can be renamed: {share} are" in (TINY / "make_tiny.py").read_text()
-
-
 def test_text_survives_the_tokenizer_and_a_pair_is_joined_by_marks():
     tokenizer = AutoTokenizer.from_pretrained(TINY / "reward")
     assert tokenizer.decode(tokenizer(ANSWER).input_ids).strip() == ANSWER
@@ -206,10 +101,10 @@ def test_text_survives_the_tokenizer_and_a_pair_is_joined_by_marks():
 def test_the_policy_names_the_topic_and_does_not_yet_know_when_to_stop(pair):
     policy, tokenizer = pair[0]
     torch.manual_seed(0)
-    _, completions = lesson.generate_group(policy, tokenizer, PROMPT, 128)
-    ended = (completions == tokenizer.eos_token_id).any(1)
+    group = lesson.generate_group(policy, tokenizer, PROMPT, 128)
+    ended = (group["completion_ids"] == tokenizer.eos_token_id).any(1)
     assert 0.1 < ended.float().mean() < 0.5
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    texts = group["responses"]
     assert sum("exercise" in text.lower() for text in texts) > 100
     assert len(set(texts)) > 100
 
@@ -430,57 +325,33 @@ def no_hub(tmp_path, monkeypatch):
     cache = str(tmp_path.with_name("empty"))
     monkeypatch.setattr(huggingface_hub, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", cache)
-    monkeypatch.setattr(lesson, "DEVICE", "cpu")
-    monkeypatch.setattr(lesson, "NUM_STEPS", 2)
-    monkeypatch.setattr(lesson, "EVAL_SAMPLES", 4)
-    monkeypatch.setattr(lesson, "SAVE_DIR", str(tmp_path / "trained_model"))
+    short = {"DEVICE": "cpu", "NUM_STEPS": 2, "EVAL_SAMPLES": 4}
+    for name, value in (short | {"SAVE_DIR": str(tmp_path / "trained_model")}).items():
+        monkeypatch.setattr(lesson, name, value)
     return tmp_path
 
 
-def used_learning_rates(monkeypatch):
-    """A list that every optimizer adds its learning rate to."""
-    rates, make = [], torch.optim.AdamW
-    monkeypatch.setattr(
-        torch.optim, "AdamW", lambda p, lr, **k: rates.append(lr) or make(p, lr, **k)
-    )
-    return rates
-
-
-def loaded_models(monkeypatch):
-    """A list that every model's folder is added to."""
-    names, load = [], lesson.load_model
-    monkeypatch.setattr(
-        lesson, "load_model", lambda kind, name: names.append(name) or load(kind, name)
-    )
-    return names
-
-
-def test_without_a_hub_the_script_says_so_and_goes_on_with_the_pair(tmp_path):
-    text = (ROOT / "grpo_training.py").read_text()
-    text = text.replace("NUM_STEPS = 50", "NUM_STEPS = 1")
-    text = text.replace("EVAL_SAMPLES = 32", "EVAL_SAMPLES = 2")
-    (tmp_path / "grpo_training.py").write_text(text)
-    shutil.copytree(TINY, tmp_path / "grpo_tiny")
-    env = {**os.environ, "HF_HOME": str(tmp_path / "empty"), "PYTHONUNBUFFERED": "1"}
-    env["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
+def test_without_a_hub_the_script_says_so_within_seconds_and_goes_on_with_the_pair(
+    tmp_path,
+):
+    copy_lesson(tmp_path, LESSONS["grpo"], NUM_STEPS=1, EVAL_SAMPLES=2)
     run = subprocess.Popen(
-        [sys.executable, tmp_path / "grpo_training.py"],
-        cwd=tmp_path / "grpo_tiny",  # another working directory
-        env=env,
+        [sys.executable, "-u", tmp_path / "grpo_training.py"],
+        cwd=TINY,  # another working directory
+        env=quiet_environment(tmp_path),  # nothing is cached, nobody answers
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    started, said = None, []
+    lines, times = [], []
     for line in run.stdout:
-        started = started or time.time()  # imports are done, the first line is out
-        if "grpo_tiny/" in line:
-            said.append((line, time.time() - started))
+        lines.append(line)
+        times.append(time.time())
     assert run.wait() == 0, run.stderr.read()
-    assert len(said) == 1 and said[0][1] < 10
-    assert "gpt2" in said[0][0] and "Hub" in said[0][0]
+    text, said = "".join(lines), ["falling back" in line for line in lines].index(True)
+    assert times[said] - times[0] < 60  # seconds, imports included
+    assert "gpt2" in text and "Hub" in text and "grpo_tiny/" in text
     assert (tmp_path / "trained_model" / "model.safetensors").exists()
-    assert (tmp_path / "trained_model" / "learning_curve.png").exists()
 
 
 @pytest.mark.parametrize("missing", ["POLICY_MODEL_NAME", "REWARD_MODEL_NAME"])
@@ -491,11 +362,11 @@ def test_one_missing_model_is_enough_for_both_to_be_replaced(
     monkeypatch.setattr(
         lesson, "find_model", lambda x: find(x) if x == name else "a/cached/folder"
     )
-    names, rates = loaded_models(monkeypatch), used_learning_rates(monkeypatch)
+    loaded = spy_on(monkeypatch, lesson, "load_model")
     lesson.main()
     assert "falling back" in capsys.readouterr().out
+    names = [call["name"] for call in loaded]
     assert names == [str(TINY / "policy"), str(TINY / "reward")]
-    assert rates == [lesson.TINY_LR]
 
 
 @pytest.mark.parametrize(
@@ -523,23 +394,36 @@ def test_only_the_default_models_are_replaced_and_the_missing_one_is_named(
     assert list(no_hub.iterdir()) == []
 
 
+def test_the_commented_line_of_the_settings_chooses_the_pair(no_hub):
+    script = (ROOT / "grpo_training.py").read_text()
+    line = "# POLICY_MODEL_NAME, REWARD_MODEL_NAME = "
+    assert script.count(line) == 1
+    found = {}
+    start = script.index(line) + 2
+    exec(script[start : script.index("\n", start)], found)
+    names = found["POLICY_MODEL_NAME"], found["REWARD_MODEL_NAME"]
+    assert [lesson.find_model(n) for n in names] == [
+        str(TINY / "policy"),
+        str(TINY / "reward"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"LORA_RANK": 8, "LR": 3e-3, "GRADIENT_CHECKPOINTING": True}]
+)
 def test_a_run_of_10_steps_on_the_pair_raises_the_reward_and_its_model_writes(
-    no_hub, monkeypatch, capsys
+    no_hub, monkeypatch, capsys, options
 ):
-    monkeypatch.setattr(lesson, "POLICY_MODEL_NAME", "grpo_tiny/policy")
-    monkeypatch.setattr(lesson, "REWARD_MODEL_NAME", "grpo_tiny/reward")
-    monkeypatch.setattr(lesson, "NUM_STEPS", 10)
-    monkeypatch.setattr(lesson, "TINY_LR", 1e-4)  # 10 steps are few: larger ones
-    monkeypatch.setattr(lesson, "EVAL_SAMPLES", 64)
-    rates = used_learning_rates(monkeypatch)
+    """With the learning rate of the Settings: 10 steps are few, so it is larger."""
+    settings = {"POLICY_MODEL_NAME": "grpo_tiny/policy", "NUM_STEPS": 10, "LR": 1e-4}
+    settings |= {"REWARD_MODEL_NAME": "grpo_tiny/reward", "EVAL_SAMPLES": 64}
+    for name, value in (settings | options).items():
+        monkeypatch.setattr(lesson, name, value)
+    measured = spy_on(monkeypatch, lesson, "evaluate")
     lesson.main()
-    out = capsys.readouterr().out
-    assert "falling back" not in out and rates == [lesson.TINY_LR]
-    before, after = (
-        float(re.search(rf"  {name} +([+-]\d+\.\d+)", out)[1])
-        for name in ("before", "after")
-    )
-    assert after > before + 0.5
+    assert "falling back" not in capsys.readouterr().out
+    before, after = (torch.tensor(call["return"]["rewards"]) for call in measured)
+    assert after.mean() > before.mean() + 0.5
     writer = pipeline("text-generation", str(no_hub / "trained_model"))
     text = writer(PROMPT, max_new_tokens=30)[0]["generated_text"]
     assert text.startswith(PROMPT) and len(text) > len(PROMPT) + 20
