@@ -272,10 +272,16 @@ MISTAKES = {
     "BART": other("bart", "Seq2SeqLM"),
     "T5": other("t5", "Seq2SeqLM"),
 }
+WHY = {
+    "4 bits": "quantised",
+    "GPTQ": "quantised",
+    "an adapter without its base": "base",
+}
+WHY |= {"BART": "encoder-decoder", "T5": "encoder-decoder", "no end token": "end"}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_policy_that_cannot_be_trained_is_refused_in_one_line(
+def test_a_policy_that_cannot_be_trained_is_refused_in_one_line_that_says_why(
     mistake, policy, tmp_path, monkeypatch
 ):
     folder = shutil.copytree(policy, tmp_path / "broken")
@@ -284,5 +290,5 @@ def test_a_policy_that_cannot_be_trained_is_refused_in_one_line(
     with pytest.raises(SystemExit) as end:
         lesson.load_models()
     line = end.value.code
-    assert isinstance(line, str) and "broken" in line
+    assert isinstance(line, str) and "broken" in line and WHY.get(mistake, "") in line
     assert "\n" not in line and len(line) < 600

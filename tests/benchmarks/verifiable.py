@@ -8,12 +8,11 @@ seed2, is the lesson's main() with that SEED and the settings of the README's ex
 
 A problem is a pair of numbers from 10 to 49, of which the first is not the larger one.
 Held-out problems are never trained, in either order. Their right answers are counted
-before and after the training: in 8 sampled responses to each, and in the greedy one.
+before and after the training: in 4 sampled responses to each, and in the greedy one.
 Other seeds than these were looked at when task and settings were chosen.
 """
 
 import functools
-import itertools
 import os
 import random
 import statistics
@@ -30,16 +29,16 @@ SETTINGS = {
     "USE_CHAT_TEMPLATE": False,
     "NUM_STEPS": 200,
     "MAX_NEW_TOKENS": 4,
-    "EVAL_SAMPLES": 8,
+    "EVAL_SAMPLES": 4,
     "TOP_P": 1.0,
 }
 
 
 def make_prompts() -> list[str]:
-    """All problems, in an order that is always the same."""
-    pairs = list(itertools.combinations_with_replacement(range(10, 50), 2))
-    random.Random(0).shuffle(pairs)
-    return [f"16 + 42 = 58\n{a} + {b} =" for a, b in pairs]
+    """All problems after a solved one, in an order that is always the same."""
+    problems = [(a, b) for a in range(10, 50) for b in range(a, 50)]
+    random.Random(0).shuffle(problems)
+    return [f"52 + 17 = 69\n{a} + {b} =" for a, b in problems]
 
 
 def right(prompt: str, responses: list[str]) -> list[float]:
