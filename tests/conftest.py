@@ -14,5 +14,5 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def no_notebook(monkeypatch):
-    """The tests that start a notebook import what a lesson takes for the sign of one."""
+    """A test that starts a notebook imports what a lesson takes for the sign of one."""
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
