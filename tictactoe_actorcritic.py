@@ -47,12 +47,17 @@ Symbols
     V(s_t)      values         (B,)       the critic's prediction of G_t
     A_t         advantages     (B,)       G_t - V(s_t)
     ln pi(a|s)  log_probs      (B,)       log-probability of the move that was made
+    -           masks          (T, N, 9)  1 for a cell that may be taken, else 0
+    From step 3 on, only the moves of the learner are kept. Then t counts these B moves
+    of all games, and mean_t is the mean over them.
 
 Run it, and what you should see
     python tictactoe_actorcritic.py     12 seconds on one core of a server CPU, no GPU
     It prints a table. "wins" are the agent's wins in % against random moves, when it
     moves first and when it moves second. "lost" counts the ways in which an opponent
-    can still beat it. For SEED = 0, three of the rows are
+    can still beat it. Entropy says how varied the actor's moves are: 0 if it is always
+    certain of one move, and 0.69 if it always wavers between two. The loss is that of
+    the actor, and need not fall. For SEED = 0, three of the rows are
         wins 1st  wins 2nd  lost 1st  lost 2nd  updates  entropy (nats)      loss
             95.8      84.6         6        81       50           1.431   -0.0900
             98.7      91.5         0         2      200           0.985   -0.0784
@@ -74,7 +79,7 @@ Try this (medians of seeds 0 to 2)
     |                          | by taking risks: an opponent has 8 ways to win.       |
 
 When it goes wrong
-    * The loss jumps around 0 and does not fall. This is normal: see `actor_loss`.
+    * The loss stays near 0 and does not fall. This is normal: see `actor_loss`.
     * The loss stays far from 0. The actor does not subtract what the critic expects, or
       the critic does not learn to expect the returns.
     * The entropy is near 0 after a few rows. The sign of the bonus is wrong, the mask
@@ -155,9 +160,11 @@ MAX_RANDOM_CHANCE = 0.5
 # is too large, the policy becomes certain of moves that it has hardly tested.
 LEARNING_RATE = 0.01
 
-# What one nat of entropy is worth at the start, on the scale of the results: a win is
-# worth 1. If the bonus is too small, the actor stops trying whole branches of the game.
-# If it is too large, the actor plays many moves that it knows to be bad.
+# Entropy measures how varied the moves are, in nats: it is 0 if one move is certain,
+# and ln k if k moves are equally likely. This is what one nat is worth at the start, on
+# the scale of the results, where a win is worth 1. If the bonus is too small, the actor
+# stops trying whole branches of the game. If it is too large, the actor plays many
+# moves that it knows to be bad.
 ENTROPY_BONUS = 0.25
 
 # The learning rate and the bonus shrink evenly until NUM_UPDATES updates are done, but
@@ -222,8 +229,8 @@ class CriticNetwork(nn.Module):
     A value is about +1 if the side to move will surely win, and about -1 if it will
     surely lose; nothing keeps the network from saying 1.1. A result depends on who
     plays. V is the mean result of the learner, whose moves are sampled, against this
-    opponent with its random moves, and not the result between perfect players: that is
-    0 (a draw) on the empty board, where the trained critic says about +0.46.
+    opponent with its random moves. Between perfect players, the empty board is a draw,
+    0; the trained critic says about +0.46, because this opponent makes mistakes.
 
     Without the `squeeze`, values would be (B, 1). Then returns (B,) minus values (B, 1)
     would be a table (B, B) of every return minus every value, without an error.
@@ -268,11 +275,11 @@ def mask_illegal(logits: Tensor, action_mask: Tensor) -> Tensor:
 # WHY RANDOM MOVES? A good opponent does not make a beginner's mistakes. The learner
 # would hardly ever see the positions after such mistakes, and not learn to punish them.
 #
-# WHY ANOTHER CHANCE IN EACH GAME? So that the learner meets all kinds of opponents. If
-# the chance is near 0, the opponent is as strong as it can be, and the learner finds
-# out which of its own moves lose. If it is near 1/2, the opponent blunders in nearly
-# every game, and the learner finds out how to win. (In a game as small as this one, we
-# measured no advantage over the same chance, 1/4, in all games.)
+# WHY A DIFFERENT CHANCE OF RANDOM MOVES IN EACH GAME? So that the learner meets all
+# kinds of opponents. If the chance is near 0, the opponent is as strong as it can be,
+# and the learner finds out which of its own moves lose. If it is near 1/2, the opponent
+# blunders in nearly every game, and the learner finds out how to win. (In a game as
+# small as this one, we measured no advantage over the same chance, 1/4, in all games.)
 # With a chance of 1 in every game, the opponent would be a random player, and the best
 # answer to a random player is to gamble: whoever takes the right risks moving second
 # wins 93.2 % of the games instead of 91.6 %, but a good player can punish these risks.
@@ -308,8 +315,8 @@ def play_games(
 
     Returns observations (T, N, 9) and masks (T, N, 9), int8; actions (T, N) int64;
     learner_moved (T, N) bool; and results (N,) float32: +1 where the learner won, 0
-    where the game was drawn, -1 where it lost. After the end of a game, its column is
-    padded with rows of which learner_moved is False.
+    where the game was drawn, -1 where it lost. At the steps after the end of a game,
+    its entries are padding, and learner_moved is False.
     """
     steps = []
     results = torch.zeros(env.num_envs)
@@ -383,9 +390,10 @@ def play_games(
 #
 #     sum_a pi(a|s) b(s) grad ln pi(a|s) = b(s) sum_a grad pi(a|s) = b(s) grad 1 = 0,
 #
-# since the probabilities of all moves add up to 1, whatever the weights are. Lesson 1
-# subtracts the mean of all returns, one number for all states. But a position can be
-# good or bad, and the critic knows which: b(s) = V(s).
+# since, again, pi grad ln pi = grad pi, and since the probabilities of all moves add up
+# to 1, whatever the weights are. Lesson 1 subtracts the mean of all returns, one number
+# for all states. But a position can be good or bad, and the critic knows which: b(s) =
+# V(s).
 
 
 def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
@@ -400,17 +408,15 @@ def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
     only makes the estimate of it less noisy.
 
     `detach` says that the advantages are plain numbers for the actor's loss. Without
-    it, this loss would train the critic too: its derivative with respect to V(s_t) is
-    ln pi(a_t|s_t) / B, which is never positive, so gradient descent would push V up in
-    every position. Together with the critic's own loss, V(s) would come to rest at the
-    mean return plus H(s) / 2, where H(s) is the entropy of the policy in s (set the
-    derivative, 2 (V - mean G) + mean ln pi, to 0).
+    it, this loss would train the critic too, and push V up in every position: its
+    derivative with respect to V(s_t) is ln pi(a_t|s_t) / B, which is never positive.
 
     `returns` is (B,), `values` is (B,). Returns (B,), through which no gradient flows.
     The example, its six moves in the order of the steps: the returns are 1, -1, 1, -1,
     1, -1. If the values are 0.25, -0.5, 0.5, -0.25, 1, 0, then the advantages are 0.75,
     -0.5, 0.5, -0.75, 0, -1. The winning move at step 4 gets nothing, because the critic
-    was sure of the win already. The blunder at step 5 gets most of the blame.
+    was sure of the win already. The blunder at step 5 gets the largest
+    share of the blame.
     """
     return returns - values.detach()
 
@@ -420,8 +426,9 @@ def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------
 
 # The loss is  actor_loss - entropy_bonus + critic_loss.  The first two train the actor,
-# the last one trains the critic. The networks share no weights, and the size of Adam's
-# steps does not depend on the scale of the gradient, so neither disturbs the other.
+# the last one trains the critic. The networks share no weights, so neither disturbs the
+# other. And critic_loss needs no factor of its own, because the size of Adam's steps
+# does not depend on the scale of a gradient.
 
 
 def actor_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
@@ -437,13 +444,14 @@ def actor_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 
     The value of this loss says nothing about how well the actor plays, only its
     gradient counts. The critic learns as well: it soon expects what the actor can do,
-    so that the advantages are near 0 on average, and the loss jumps around 0.
+    so that the advantages are near 0 on average, and the loss stays near 0, often a
+    little below it.
 
     `log_probs` is (B,), those of the moves that were made, with gradient; `advantages`
     is (B,). Returns a scalar.
-    The example: if the actor chose each time between two moves that were equally
-    likely, all log-probabilities are ln 0.5 = -0.6931. The advantages add up to -1, so
-    the loss is -(-0.6931 * -1) / 6 = -0.1155.
+    The example: to keep the numbers simple, let the actor have chosen each time between
+    two moves that were equally likely. Then all log-probabilities are ln 0.5 = -0.6931.
+    The advantages add up to -1, so the loss is -(-0.6931 * -1) / 6 = -0.1155.
     """
     return -(log_probs * advantages).mean()
 
@@ -488,8 +496,7 @@ def share_left(updates_done: int) -> float:
 
     share = max(1 - updates_done / NUM_UPDATES, LAST_SHARE)
 
-    Why does the bonus shrink? At first, variety finds the good moves. Later it only
-    pays the actor for moves that are known to be worse.
+    Why the bonus has to shrink is said in `entropy_bonus`.
     Why does the learning rate shrink? The results of 512 games are partly luck. Adam
     moves each weight by about the learning rate, however small the gradient is, so with
     a constant rate, luck would keep all weights moving for ever.
@@ -515,6 +522,7 @@ def train(
     # 1. Actor and critic start with random weights. One optimizer changes both. The
     #    opponent is a copy that it does not change.
     opponent = copy.deepcopy(actor)
+    # The learning rate is set in step 5, before each gradient step.
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()])
     learner_first = torch.arange(GAMES_PER_UPDATE) % 2 == 0  # in every second game
     for update in range(1, MAX_UPDATES + 1):

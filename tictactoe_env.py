@@ -42,8 +42,9 @@ Another game
     The other scripts of the lesson then train and measure an agent for it as they are.
     With SEED = 0 it cannot be beaten after 800 updates either; against random moves, it
     wins 60 % of the games moving first, and 99.9 % moving second.
-    For a board of another size, change CELLS, WINS and `board_text` (and in
-    tictactoe_eval.py `probabilities_text`); for other rules, everything in the first
+    For a board of another size, change CELLS, WINS, `board_text`, the 3 in `has_won` if
+    a win needs another number of cells, and in tictactoe_eval.py `probabilities_text`;
+    for other rules, everything in the first
     section below. Only a small game can be played in *every* possible way, as
     tictactoe_actorcritic.py does to decide when to stop: 4 x 4 cells are too many.
 """
@@ -106,7 +107,8 @@ def play_moves(boards: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, ...
     full = (boards != 0).all(axis=-1)
     rewards = won.astype(np.float64) - illegal  # (4) +1, 0 or -1 for the mover
     terminated = won | full | illegal  # (5)
-    # Turn the board round for the next player; an illegal move does not pass the turn.
+    # Flip all signs for the next player. An illegal move does not pass the turn, so
+    # nothing is flipped.
     next_boards = np.where(illegal[:, None], boards, -boards)
     return next_boards, rewards, terminated, illegal
 
