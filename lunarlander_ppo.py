@@ -13,18 +13,23 @@ From REINFORCE to PPO
     REINFORCE (lesson 1, train_cartpole.py) plays a batch of whole episodes, and makes
     each action more likely or less likely depending on how much better or worse than
     average the return after it was. Then it throws the batch away after one gradient
-    step. It has to: the gradient is an average over the actions of the policy that
-    played the batch, and after the step the policy is another one. But playing is the
-    slow part. PPO changes two things.
+    step. It has to: the gradient is an average over actions that are sampled from the
+    present policy, and after one step the present policy is another one. But playing is
+    the slow part. PPO changes two things.
 
     1. Many gradient steps from one batch. PPO stores the probability that each action
        had when it was taken. The *ratio* of its probability now to the stored one
        corrects the average for what the policy has become since. This is right only
        while the policy has changed little. So PPO stops pushing an action as soon as
-       its probability has moved by 20 % in the direction of the push (the *clip*).
+       its probability has moved by a fifth of itself, from 0.5 to 0.6 for example, in
+       the direction of the push (the *clip*).
     2. Episodes may be cut. PPO does not wait for the end of an episode. It plays 256
        steps, and where that cuts an episode, a second network, the *critic*, predicts
-       the rest of the return. The episode goes on in the next batch.
+       the rest of the return. The episode goes on in the next batch. The critic also
+       replaces the baseline of lesson 1: instead of with one average for all states,
+       each action is compared with V(s_t), what the critic expected in its state. A
+       baseline adds no bias to the gradient as long as it does not depend on the
+       action, and V(s_t) does not.
 
 The algorithm in 5 steps
     1. Make two networks that know nothing: the actor gives a probability for each
@@ -50,11 +55,14 @@ Symbols (T steps, N copies, D = 8 numbers in an observation, K = 4 actions)
                            of the rewards from state s on
     delta_t  deltas        (T, N): the TD error, explained in `gae`
     A_t      advantages    (T, N): how much better it went after a_t than V(s_t) said
-    G_t      returns       (T, N): V(s_t) + A_t, the target for the critic
+    G_t      returns       (T, N): V(s_t) + A_t, an estimate of the return, partly real
+                           rewards and partly V: the target for the critic
     rho_t    ratio         (B,): pi(a_t|s_t) now, over pi(a_t|s_t) when a_t was taken
     The *agent* is actor and critic together. For learning, T and N are merged into one
     batch of B = T * N rows; in a minibatch, B is smaller. The networks work on B rows:
     the actor gives logits (B, K), whose softmax is pi, and the critic values (B,).
+
+On a first reading, go from here to the Settings, and come back after `train`.
 
 Run it, and what you should see
     python lunarlander_ppo.py     about a minute on one core of a server CPU, no GPU
@@ -62,8 +70,11 @@ Run it, and what you should see
      -32.2     126     40,960   15,816  0.0067       8%    1.134       0.75
      252.7     264    204,800   15,599  0.0038       6%    0.672       0.84
      278.2     181    847,872   14,369  0.0000       0%    0.493       0.99
-    These are three rows of seed 0, whose weights are shipped. `diagnose` defines the
-    last four columns. Seeds 0-9, each on 100 held-out episodes played greedily (always
+    These are three rows of seed 0, whose weights are shipped. Return and length are
+    means of the last 100 episodes. KL says how far the policy has moved in the update,
+    clipped which share of the ratios is outside 0.8 to 1.2, and explained how much of
+    the differences between returns the critic predicts (1: all, 0: nothing). `diagnose`
+    has the formulas. Seeds 0-9, each on 100 held-out episodes played greedily (always
     the most likely action), score 278.9 on average and 276.3 in the worst case, and
     99.5 % of the episodes reach 200.
 
@@ -129,9 +140,10 @@ Where this differs from the papers (PPO: arXiv 1707.06347, GAE: arXiv 1506.02438
     (arXiv 2006.05990) found that this lowers the score. They normalise observations;
     those of the lander are of size 1 already.
     They let actor and critic share layers; that makes no clear difference here, and
-    then VALUE_WEIGHT matters. Like lesson 1, this script leaves out the factor gamma^t
-    of the exact gradient. (The last exponent in PPO's equation (11), T-t+1, is a
-    misprint for T-t-1.)
+    then VALUE_WEIGHT matters. Like lesson 1, this script leaves out gamma^t: the
+    gradient of the return that is discounted from the start of the episode would weigh
+    step t by it, and late steps would hardly be learnt. (The last exponent in PPO's
+    equation (11), T-t+1, is a misprint for T-t-1.)
 """
 
 if __name__ == "__main__":
@@ -211,8 +223,8 @@ FINAL_RATE = 0.0
 # Discount: a reward one step later counts this much less, so the agent looks about
 # 1 / (1 - 0.995) = 200 steps ahead, which is the length of a landing. With a larger
 # value the agent gains little by landing soon. With a smaller one it does not see the
-# landing from far away. GAMMA also trades bias for variance, as GAE_LAMBDA does: the
-# score is not discounted, so a small GAMMA makes the advantages less noisy but biased.
+# landing from far away: less luck is in the advantages then (less variance), but they
+# measure something other than the score, which is not discounted (bias).
 GAMMA = 0.995
 
 # With a small value the errors of the critic mislead the actor (bias); near 1 the luck
@@ -224,13 +236,15 @@ GAE_LAMBDA = 0.98
 CLIP_EPS = 0.2
 
 # Weight of the entropy. Too little lets the policy settle before it has tried enough
-# (though runs of 400,000 steps do not show this); with too much it never settles.
+# ; with too much it never settles.
 ENTROPY_BONUS = 0.003
 
 # Weight of the critic's loss. Actor and critic share no weights, and the size of Adam's
 # steps does not depend on the scale of the gradient, so this weight does not change how
 # fast the critic learns. It matters only for gradient clipping, which treats both
-# networks as one: with a large weight, the critic's gradient uses up MAX_GRAD_NORM.
+# networks as one: with a large weight, the actor's gradient is shortened by a factor
+# that depends on the critic's error in that minibatch, and so changes from step to
+# step.
 VALUE_WEIGHT = 0.5
 
 # The gradient is scaled down when its norm, over both networks, exceeds this. If it is
@@ -246,7 +260,8 @@ REWARD_SCALE = 0.01
 # everything slower.
 HIDDEN_UNITS = 64
 
-# So a batch has 16 * 256 = 4,096 rows. 4,096 / 512 = 8 minibatches times 4 epochs make
+# NUM_ENVS * ROLLOUT_STEPS = 16 * 256 = 4,096: the rows of a batch. 4,096 / 512 = 8
+# minibatches times 4 epochs make
 # 32 gradient steps in an update, and there are 850,000 // 4,096 = 207 updates.
 
 # The task
@@ -315,7 +330,8 @@ def log_probs_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tens
     """
     all_log_probs = torch.log_softmax(logits, dim=1)
     entropies = -(all_log_probs.exp() * all_log_probs).sum(1)
-    return all_log_probs.gather(1, actions[:, None])[:, 0], entropies
+    log_probs = all_log_probs.gather(1, actions[:, None])[:, 0]  # those of the actions
+    return log_probs, entropies
 
 
 # ------------------------------------------------------------------------------------
@@ -422,13 +438,19 @@ def gae(
     error* (TD: temporal difference). It is positive if the step went better than the
     critic had predicted.
 
-    An action also has consequences later, so A_t adds up the surprises from t on:
+    An action also has consequences later, so A_t adds up the surprises from t on. Two
+    of them make
+
+        delta_t + gamma delta_{t+1} = r_t + gamma r_{t+1} + gamma^2 V(s_{t+2}) - V(s_t):
+
+    V(s_{t+1}) cancels, and the old prediction is compared with two real rewards instead
+    of one. With lam below 1, later surprises count less. The whole sum is
     delta_t + (gamma*lam) delta_{t+1} + (gamma*lam)^2 delta_{t+2} + ... up to the end of
     the episode or of the rollout.
 
     `lam` trades bias for variance.
-    * With lam = 0, A_t = delta_t. There is little noise in it, as only one reward is
-      luck, but it is as wrong as the critic is (bias).
+    * With lam = 0, A_t = delta_t. There is little noise in it, as only one step of
+      luck is in it, but it is as wrong as the critic is (bias).
     * With lam = 1 consider an episode that is cut k steps after t, by the rollout or by
       the time limit. Every V in between appears once with plus and once with minus, and
       A_t = r_t + gamma r_{t+1} + ... + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k})
@@ -448,13 +470,17 @@ def gae(
     the next episode. Returns the advantages (T, N). In the last row the sum has only
     delta_t: the rest of the return is in V(s_{t+1}) already.
 
-    The worked example, with gamma = lam = 0.5 (the 3 is what the critic says of the
-    crash; the factor 1 - terminated removes it):
+    The worked example, with gamma = lam = 0.5. It is written copy by copy; in the
+    tensors, time comes first.
                rewards    values    next_values  deltas        advantages
       copy 1   1, 1,  1   0, 2, 1   2, 6, 2      2, 2,    1    2.5, 2,  1
       copy 2   1, 2, -1   1, 0, 1   0, 1, 3      0, 2.5, -2    0.5, 2, -2
-    For instance, the truncated step of copy 1 has delta = 1 + 0.5 * 6 - 2 = 2, and the
-    step before it A = 2 + 0.25 * 2 = 2.5. The crash has delta = -1 - 1 = -2.
+    Within an episode, next_values[t] equals values[t+1]. Three entries differ: the 6 is
+    V of the last observation before the truncation (the 1 in values is already the new
+    episode), the 2 is V where the rollout was cut, and the 3 is V of the crash, which
+    the factor 1 - terminated removes. For instance, the truncated step of copy 1 has
+    delta = 1 + 0.5 * 6 - 2 = 2, and the step before it A = 2 + 0.25 * 2 = 2.5. The
+    crash has delta = -1 - 1 = -2.
     """
     deltas = rewards + gamma * next_values * (1 - terminated) - values
     advantages = torch.zeros_like(rewards)
@@ -475,7 +501,8 @@ def normalise(advantages: Tensor) -> Tensor:
     predicts too little everywhere, for instance, all advantages are positive. Without
     the subtraction every action taken would be pushed, whatever it was.
 
-    The division keeps the size of the policy's gradient. The standard deviation falls
+    The division keeps the policy's gradient equally large throughout the training. The
+    standard deviation falls
     from about 0.4 (a fresh agent) to 0.1 (the shipped one). Without the division the
     gradient of the policy would shrink with it, and the entropy bonus, whose gradient
     does not, would weigh four times as much as at the start.
@@ -499,7 +526,9 @@ def make_batch(agent: ActorCritic, rollout: dict[str, Tensor]) -> dict[str, Tens
     rewards have replaced a part of the prediction. Its name is the *TD(lambda) return*.
     In the worked example it is [2.5, 4, 2] in copy 1. For the first of these, one
     reward and then the critic make 1 + 0.5 * 2 = 2, two rewards and then the critic
-    make 1 + 0.5 * 1 + 0.25 * 6 = 3, and lam = 0.5 weighs the two equally. In copy 2 it
+    make 1 + 0.5 * 1 + 0.25 * 6 = 3. lam gives them the weights 1 - lam for one reward,
+    (1 - lam) lam for two, and so on, and all that is left for the last: here 0.5 and
+    0.5, which makes 2.5. In copy 2 it
     is [1.5, 2, -1]: nothing follows the crash, so the last return is its reward.
 
     The target contains the critic's own predictions. It is computed once for each
@@ -571,16 +600,16 @@ def clipped_surrogate_loss(
 
     Where it is flat, the row has no gradient. That is the case on one side only:
 
-             rho < 0.8                  0.8 to 1.2   rho > 1.2
-      A > 0  yes: it should come back   gradient     none: more likely by enough
-      A < 0  none: less likely by       gradient     yes: it should come back
-             enough
+             rho < 0.8   0.8 to 1.2   rho > 1.2
+      A > 0  gradient    gradient     none
+      A < 0  none        gradient     gradient
 
-    "It should come back": the action was moved against its own advantage, by gradient
-    steps on other rows. All rows share the network's weights, so a step on one changes
-    the probabilities in all. For the same reason the clip is no limit that the ratio
-    keeps: it only stops a row from pushing, and the others can carry its ratio past
-    1.2. After ten updates about 8 % of the ratios are outside.
+    "None" stands where the action has become more likely, or less likely, by enough. In
+    the opposite corner it was moved against its own advantage, by gradient steps on
+    other rows, and should come back. All rows share the network's weights, so a step on
+    one changes the probabilities in all. For the same reason the clip does not
+    guarantee that the ratio stays inside: it only stops a row from pushing, and others
+    can still carry its ratio past 1.2. After ten updates about 8 % are outside.
 
     `log_probs` (B,) carry the gradient; `old_log_probs` and `advantages` (B,) do not.
     In the worked example all six actions had probability 0.5 when they were taken. Some
@@ -589,7 +618,7 @@ def clipped_surrogate_loss(
       pi            0.75  0.5    0.5    0.75   0.25    0.25
       rho           1.5   1      1      1.5    0.5     0.5
       min(...)      1.2   0.67   0     -0.5    0.33   -1.6
-      gradient      none  yes    0      yes    yes     none
+      gradient      none  yes    none   yes    yes     none
     Their mean is 0.1 / 6 = 0.0167, and the loss -0.0167.
     """
     ratio = torch.exp(log_probs - old_log_probs)
@@ -610,14 +639,13 @@ def ppo_loss(agent: ActorCritic, batch: dict[str, Tensor]) -> Tensor:
     values of size 1. Adam moves each weight by about LEARNING_RATE a step, however
     large the error is. So the critic lags behind returns that change as the policy
     improves: the column `explained` is then mostly between 0.2 and 0.8, and a large
-    part of the advantages is the critic's error. In addition its gradient becomes some
-    hundred times as long as the actor's, and gradient clipping, which is common to
-    both, shortens the actor's gradient with it. (It is the lag that does the harm: with
-    unscaled rewards and no gradient clipping the score is as bad.)
+    part of the advantages is the critic's error.
 
-    In the worked example the first gradient step, with all six rows, has the loss
-    0 + 0.5 * 3.25 - 0.003 * 0.6931 = 1.6229: the ratios are 1 and the normalised
-    advantages 0 on average, and V - G = -A before any learning. So a loss of the policy
+    In the worked example, which has K = 2 actions, take the first gradient step, with
+    all six rows. The ratios are 1 and the normalised advantages 0 on average, so the
+    first term is 0. Before any learning V - G is -A, with the A of `gae`, whose squares
+    have the mean (2.5^2 + 2^2 + 1^2 + 0.5^2 + 2^2 + 2^2) / 6 = 3.25. The entropy is
+    ln 2. So the loss is 0 + 0.5 * 3.25 - 0.003 * 0.6931 = 1.6229. A loss of the policy
     of 0 says nothing about how well it flies; only the return does.
     """
     logits = agent.actor(batch["observations"])
@@ -661,8 +689,8 @@ def learn(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: dict) -> 
 def train(agent: ActorCritic, envs: SyncVectorEnv) -> Iterator[tuple[list, dict]]:
     """The algorithm. Each turn of the loop is one update.
 
-    It yields the (return, length) of each episode that ended, and the batch; main()
-    prints them.
+    It yields the (return, length) of each episode that ended, and the batch, which
+    run() reports.
     """
     # 1. `agent` holds the two networks. One optimizer changes both of them (fused: Adam
     # in one call for all weights, where there would be one call for each).
@@ -680,8 +708,8 @@ def train(agent: ActorCritic, envs: SyncVectorEnv) -> Iterator[tuple[list, dict]
         # 4 and 5. Several epochs of gradient steps on the loss.
         learn(agent, optimizer, batch)
 
-        # Lower the learning rate. Large steps learn to land soon, but then they follow
-        # the noise of every minibatch, which small steps average out.
+        # Lower the learning rate. Large steps get to a first landing quickly, but later
+        # they follow the noise of every minibatch, which small steps average out.
         left = 1 - (update + 1) / updates
         rate = LEARNING_RATE * (FINAL_RATE + (1 - FINAL_RATE) * left)
         optimizer.param_groups[0]["lr"] = rate
