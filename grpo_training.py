@@ -763,14 +763,16 @@ def load_model(kind: type, name: str) -> tuple[PreTrainedModel, Tokenizer]:
     with one_line_about(name):
         base, adapter = name, transformers.utils.find_adapter_config_file(name)
         if adapter:  # a folder that the package peft has written
-            base = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
-            base = find_model(base) or base
+            named = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+            base = find_model(named)
+            if base is None or (base == named and named.startswith(("/", "."))):
+                raise ValueError(f"its base model {named} is not here")
         words = name if Path(name, "tokenizer_config.json").exists() else base
         tokenizer = transformers.AutoTokenizer.from_pretrained(words)
-        config, is_policy = (
-            transformers.AutoConfig.from_pretrained(base),
-            "Causal" in str(kind),
-        )
+        for note in ("is_local", "local_files_only"):  # they would be saved with it
+            tokenizer.init_kwargs.pop(note, None)
+        is_policy = kind is transformers.AutoModelForCausalLM
+        config = transformers.AutoConfig.from_pretrained(base)
         if is_policy and config.is_encoder_decoder:
             raise ValueError("an encoder-decoder cannot be a policy")
         if is_policy and hasattr(config, "quantization_config"):
