@@ -83,8 +83,8 @@ When it goes wrong
     * The loss stays near 0 and does not fall. This is normal: see `actor_loss`.
     * The loss is far from 0 for ever. The actor does not subtract what the critic
       expects, or the critic does not learn to expect the returns.
-    * The entropy is near 0 after a few rows. The sign of the bonus is wrong, or the mask
-      is missing in the loss.
+    * The entropy is near 0 after a few rows. The sign of the bonus is wrong, or the
+      mask is missing in the loss.
     * The wins fall below those of an untrained agent, about 50 and 11 %. The reward was
       given to the wrong side: it belongs to the side that has just moved, not to the
       side whose turn it is now.
