@@ -26,7 +26,7 @@ The algorithm in 7 steps
     4. Subtract what the critic expected in that position. What is left is the
        *advantage* of the move.
     5. Take one gradient step. The actor makes moves with a positive advantage more
-       likely, and gets a bonus for playing many different moves (for its *entropy*).
+       likely, and gets a bonus for its *entropy*, which says how varied its moves are.
        The critic moves its predictions towards the returns. The bonus and the learning
        rate shrink with time.
     6. Every REFRESH_EVERY updates, the opponent becomes a copy of the present actor.
@@ -34,7 +34,8 @@ The algorithm in 7 steps
        be beaten: whatever an opponent does, it never loses.
     The function `train` is these seven steps and nothing else. A reader who stops at
     its end has read the whole algorithm. Below it stands how step 7 can know that the
-    agent cannot be beaten, and then only housekeeping.
+    agent cannot be beaten, and then only housekeeping. On a first reading, skip from
+    the Symbols to the Settings.
 
 Symbols
     N games are played side by side. A *step* is one move of one side, and the longest
@@ -42,22 +43,22 @@ Symbols
     s_t         observations   (T, N, 9)  the board as the side to move sees it: +1 is
                                           its own mark, -1 the other's, 0 an empty cell
     a_t         actions        (T, N)     the cell that was taken, 0 to 8
+    -           masks          (T, N, 9)  1 where a cell may be taken, else 0
     -           learner_moved  (T, N)     True for the B moves of the learner
     G_t         returns        (B,)       how the game ended for the learner
     V(s_t)      values         (B,)       the critic's prediction of G_t
     A_t         advantages     (B,)       G_t - V(s_t)
     ln pi(a|s)  log_probs      (B,)       log-probability of the move that was made
-    -           masks          (T, N, 9)  1 for a cell that may be taken, else 0
-    From step 3 on, only the moves of the learner are kept. Then t counts these B moves
+    From step 3 on, only the moves of the learner are kept. There, t counts the B moves
     of all games, and mean_t is the mean over them.
 
 Run it, and what you should see
     python tictactoe_actorcritic.py     12 seconds on one core of a server CPU, no GPU
     It prints a table. "wins" are the agent's wins in % against random moves, when it
     moves first and when it moves second. "lost" counts the ways in which an opponent
-    can still beat it. Entropy says how varied the actor's moves are: 0 if it is always
-    certain of one move, and 0.69 if it always wavers between two. The loss is that of
-    the actor, and need not fall. For SEED = 0, three of the rows are
+    can still beat it. The entropy of the actor is 0 if it is certain of each move, and
+    ln k if it finds k moves equally likely: ln 9 = 2.2 for nine. "loss" is the actor's
+    part of the loss; it need not fall. For SEED = 0, three of the rows are
         wins 1st  wins 2nd  lost 1st  lost 2nd  updates  entropy (nats)      loss
             95.8      84.6         6        81       50           1.431   -0.0900
             98.7      91.5         0         2      200           0.985   -0.0784
@@ -80,24 +81,28 @@ Try this (medians of seeds 0 to 2)
 
 When it goes wrong
     * The loss stays near 0 and does not fall. This is normal: see `actor_loss`.
-    * The loss stays far from 0. The actor does not subtract what the critic expects, or
-      the critic does not learn to expect the returns.
-    * The entropy is near 0 after a few rows. The sign of the bonus is wrong, the mask
-      is missing in the loss, or the learning rate is too large.
-    * The wins fall below those of the first row. The reward was given to the wrong
-      side: after a step it is the other side's turn, but the reward is the mover's.
+    * The loss is far from 0 for ever. The actor does not subtract what the critic
+      expects, or the critic does not learn to expect the returns.
+    * The entropy is near 0 after a few rows. The sign of the bonus is wrong, or the
+      mask is missing in the loss.
+    * The wins fall below those of an untrained agent, about 50 and 11 %. The reward was
+      given to the wrong side: it belongs to the side that has just moved, not to the
+      side whose turn it is now.
     * The agent learns one seat only ("wins 1st" or "wins 2nd" stays low). The board is
-      not turned round for the second player, or the learner always moves first.
+      not shown as the second player sees it, or the learner always moves first.
     * tests/bugs/README.md shows many more mistakes, and by what each can be recognised.
 
 Another task
-    Any game for two players can take the place of tic-tac-toe if one of them wins what
-    the other loses, and if both see the whole board. tictactoe_env.py says which of its
-    lines hold the rules, and has a game that you can try at once. This file takes from
-    it ENV_ID, the number CELLS of inputs and of possible moves, which is also the
-    longest possible game, and the functions `legal_moves` and `play_moves`. If your
-    game has so many ways to play that they cannot all be tried, replace the check in
-    main() by a number of games against a strong player.
+    Try *misere* tic-tac-toe, in which three in a row lose: tictactoe_env.py says which
+    line to change. With SEED = 0, the agent cannot be beaten after 800 updates; against
+    random moves it wins 60 % of the games moving first, and 99.9 % moving second.
+    In the same way, any game for two players can take the place of tic-tac-toe if one
+    of them wins what the other loses, and if both see the whole board. This file takes
+    from tictactoe_env.py the number CELLS of inputs and of moves to choose from, which
+    is also the length of the longest game, and the functions `legal_moves` and
+    `play_moves`. ENV_ID is the name under which Gymnasium knows the game. If there are
+    so many ways to play that they cannot all be tried, replace the check in main() by a
+    number of games against a strong player.
 
 Where this differs from the book (Sutton & Barto, *Reinforcement Learning*, 2nd edition,
 chapter 13, free at incompleteideas.net), and why
@@ -157,14 +162,13 @@ REFRESH_EVERY = 20
 MAX_RANDOM_CHANCE = 0.5
 
 # Step size of Adam at the start. If it is too small, learning takes more updates. If it
-# is too large, the policy becomes certain of moves that it has hardly tested.
+# is too large, each batch of games moves the weights so far that much of what earlier
+# batches taught is lost.
 LEARNING_RATE = 0.01
 
-# Entropy measures how varied the moves are, in nats: it is 0 if one move is certain,
-# and ln k if k moves are equally likely. This is what one nat is worth at the start, on
-# the scale of the results, where a win is worth 1. If the bonus is too small, the actor
-# stops trying whole branches of the game. If it is too large, the actor plays many
-# moves that it knows to be bad.
+# What an entropy of 1 is worth at the start, on the scale of the results, where a win
+# is worth 1. If the bonus is too small, the actor stops trying whole branches of the
+# game. If it is too large, the actor plays many moves that it knows to be bad.
 ENTROPY_BONUS = 0.25
 
 # The learning rate and the bonus shrink evenly until NUM_UPDATES updates are done, but
@@ -229,8 +233,8 @@ class CriticNetwork(nn.Module):
     A value is about +1 if the side to move will surely win, and about -1 if it will
     surely lose; nothing keeps the network from saying 1.1. A result depends on who
     plays. V is the mean result of the learner, whose moves are sampled, against this
-    opponent with its random moves. Between perfect players, the empty board is a draw,
-    0; the trained critic says about +0.46, because this opponent makes mistakes.
+    opponent with its random moves. Two perfect players would draw from the empty board,
+    which is 0; the trained critic says about +0.46, because this opponent blunders.
 
     Without the `squeeze`, values would be (B, 1). Then returns (B,) minus values (B, 1)
     would be a table (B, B) of every return minus every value, without an error.
@@ -275,14 +279,14 @@ def mask_illegal(logits: Tensor, action_mask: Tensor) -> Tensor:
 # WHY RANDOM MOVES? A good opponent does not make a beginner's mistakes. The learner
 # would hardly ever see the positions after such mistakes, and not learn to punish them.
 #
-# WHY A DIFFERENT CHANCE OF RANDOM MOVES IN EACH GAME? So that the learner meets all
-# kinds of opponents. If the chance is near 0, the opponent is as strong as it can be,
-# and the learner finds out which of its own moves lose. If it is near 1/2, the opponent
+# WHY WITH A DIFFERENT PROBABILITY IN EACH GAME? So that the learner meets all kinds of
+# opponents. If the probability is near 0, the opponent is as strong as it can be, and
+# the learner finds out which of its own moves lose. If it is near 1/2, the opponent
 # blunders in nearly every game, and the learner finds out how to win. (In a game as
-# small as this one, we measured no advantage over the same chance, 1/4, in all games.)
-# With a chance of 1 in every game, the opponent would be a random player, and the best
-# answer to a random player is to gamble: whoever takes the right risks moving second
-# wins 93.2 % of the games instead of 91.6 %, but a good player can punish these risks.
+# small as this one, we measured no advantage over 1/4 in all games.)
+# With the probability 1 in every game, the opponent would be a random player, and the
+# best answer to a random player is to gamble: whoever takes the right risks moving
+# second wins 93.2 % of the games instead of 91.6 %, but a good player can punish them.
 #
 # The example that goes through this lesson: N = 2 games of 5 and 7 steps, so T = 7. In
 # game 0 the learner moves first (it is X) and wins with 0, 1, 2. In game 1 it moves
@@ -315,8 +319,8 @@ def play_games(
 
     Returns observations (T, N, 9) and masks (T, N, 9), int8; actions (T, N) int64;
     learner_moved (T, N) bool; and results (N,) float32: +1 where the learner won, 0
-    where the game was drawn, -1 where it lost. At the steps after the end of a game,
-    its entries are padding, and learner_moved is False.
+    where the game was drawn, -1 where it lost. In the steps after the end of a game,
+    the tensors are padded, and learner_moved is False.
     """
     steps = []
     results = torch.zeros(env.num_envs)
@@ -346,7 +350,7 @@ def play_games(
         observations, rewards, terminated, _, infos = env.step(actions.numpy())
         # The reward is that of the side that moved; the other side gets minus this.
         rewards = torch.from_numpy(rewards).float()
-        results += torch.where(learner_turn, rewards, -rewards)
+        results += torch.where(learner_turn, rewards, -rewards)  # 0 on an ended board
         alive = torch.from_numpy(~terminated)
     # From T tuples of four tensors (N, ...) to four tensors (T, N, ...).
     observations, masks, actions, learner_moved = map(
@@ -390,10 +394,10 @@ def play_games(
 #
 #     sum_a pi(a|s) b(s) grad ln pi(a|s) = b(s) sum_a grad pi(a|s) = b(s) grad 1 = 0,
 #
-# since, again, pi grad ln pi = grad pi, and since the probabilities of all moves add up
-# to 1, whatever the weights are. Lesson 1 subtracts the mean of all returns, one number
-# for all states. But a position can be good or bad, and the critic knows which: b(s) =
-# V(s).
+# where the first step is again pi grad ln pi = grad pi, and the last one holds because
+# the probabilities of all moves add up to 1, whatever the weights are. Lesson 1
+# subtracts the mean of all returns, one number for all states. But a position can be
+# good or bad, and the critic knows which: b(s) = V(s).
 
 
 def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
@@ -408,15 +412,15 @@ def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
     only makes the estimate of it less noisy.
 
     `detach` says that the advantages are plain numbers for the actor's loss. Without
-    it, this loss would train the critic too, and push V up in every position: its
-    derivative with respect to V(s_t) is ln pi(a_t|s_t) / B, which is never positive.
+    it, this loss would train the critic too, and push V up in every position:
+    `critic_loss` shows by how much.
 
     `returns` is (B,), `values` is (B,). Returns (B,), through which no gradient flows.
     The example, its six moves in the order of the steps: the returns are 1, -1, 1, -1,
     1, -1. If the values are 0.25, -0.5, 0.5, -0.25, 1, 0, then the advantages are 0.75,
     -0.5, 0.5, -0.75, 0, -1. The winning move at step 4 gets nothing, because the critic
-    was sure of the win already. The blunder at step 5 gets the largest
-    share of the blame.
+    was sure of the win already. The blunder at step 5 gets the largest part of the
+    blame.
     """
     return returns - values.detach()
 
@@ -427,8 +431,8 @@ def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
 
 # The loss is  actor_loss - entropy_bonus + critic_loss.  The first two train the actor,
 # the last one trains the critic. The networks share no weights, so neither disturbs the
-# other. And critic_loss needs no factor of its own, because the size of Adam's steps
-# does not depend on the scale of a gradient.
+# other. And critic_loss needs no factor in front of it, because the size of Adam's
+# steps does not depend on the scale of a gradient.
 
 
 def actor_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
@@ -444,13 +448,13 @@ def actor_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 
     The value of this loss says nothing about how well the actor plays, only its
     gradient counts. The critic learns as well: it soon expects what the actor can do,
-    so that the advantages are near 0 on average, and the loss stays near 0, often a
-    little below it.
+    so that the advantages are near 0 on average, and the loss stays near 0 (mostly
+    slightly below it), however well the actor plays.
 
     `log_probs` is (B,), those of the moves that were made, with gradient; `advantages`
     is (B,). Returns a scalar.
-    The example: to keep the numbers simple, let the actor have chosen each time between
-    two moves that were equally likely. Then all log-probabilities are ln 0.5 = -0.6931.
+    The example: to keep the numbers simple, let the actor choose each time between two
+    moves that it finds equally likely. Then all log-probabilities are ln 0.5 = -0.6931.
     The advantages add up to -1, so the loss is -(-0.6931 * -1) / 6 = -0.1155.
     """
     return -(log_probs * advantages).mean()
@@ -470,7 +474,8 @@ def entropy_bonus(entropies: Tensor, beta: float) -> Tensor:
     exp(mean result of the move / beta). For two moves with the mean results 1 and 0.9,
     and beta = 0.25, that is 60 and 40 %. Therefore the bonus has to shrink.
 
-    `entropies` is (B,), with gradient; `beta` is what a nat is worth. Returns a scalar.
+    `entropies` is (B,), with gradient; `beta` is what one nat is worth. Returns a
+    scalar.
     The example: a choice between two equally likely moves has H = ln 2 = 0.6931. With
     beta = 0.25 the bonus is 0.1733.
     """
@@ -484,6 +489,11 @@ def critic_loss(values: Tensor, returns: Tensor) -> Tensor:
 
     (For one position, the derivative is -2 mean(G_t - V). It is 0 at V = mean(G_t).)
 
+    And if the `detach` of `subtract_values` were missing? The derivative of actor_loss
+    with respect to V(s_t) is ln pi(a_t|s_t) / B. It is never positive, so gradient
+    descent would push every V up. The two losses together would come to rest where
+    2 (V - mean(G_t)) + mean(ln pi) is 0, that is, at V = mean(G_t) + H / 2.
+
     `values` is (B,), with gradient; `returns` is (B,). Returns a scalar.
     The example: (0.75^2 + 0.5^2 + 0.5^2 + 0.75^2 + 0 + 1) / 6 = 0.4375. All three parts
     together: -0.1155 - 0.1733 + 0.4375 = 0.1487.
@@ -496,10 +506,10 @@ def share_left(updates_done: int) -> float:
 
     share = max(1 - updates_done / NUM_UPDATES, LAST_SHARE)
 
-    Why the bonus has to shrink is said in `entropy_bonus`.
-    Why does the learning rate shrink? The results of 512 games are partly luck. Adam
-    moves each weight by about the learning rate, however small the gradient is, so with
-    a constant rate, luck would keep all weights moving for ever.
+    `entropy_bonus` says why the bonus shrinks. Why does the learning rate? The results
+    of 512 games are partly luck. Adam moves each weight by about the learning rate,
+    however small the gradient is, so with a constant rate, luck would keep all weights
+    moving for ever.
 
     By hand: after 200 of 800 updates, 0.75 is left.
     """
@@ -519,10 +529,9 @@ def train(
     main() prints what is yielded (the distributions over moves in the B positions, and
     the actor's loss), tests the agent, and decides when to stop.
     """
-    # 1. Actor and critic start with random weights. One optimizer changes both. The
-    #    opponent is a copy that it does not change.
+    # 1. Actor and critic start with random weights. One optimizer changes both (step 5
+    #    sets its learning rate); it does not change the opponent, which is a copy.
     opponent = copy.deepcopy(actor)
-    # The learning rate is set in step 5, before each gradient step.
     optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()])
     learner_first = torch.arange(GAMES_PER_UPDATE) % 2 == 0  # in every second game
     for update in range(1, MAX_UPDATES + 1):
@@ -533,7 +542,7 @@ def train(
 
         # 3. The return of a move is the result of its game. `expand_as` copies results
         #    (N,) to all steps, (T, N). [learner_moved] then picks the moves of the
-        #    learner, one step after the other: (B,). Nobody learns from the others.
+        #    learner, one step after the other: (B,). What the opponent did is left out.
         returns = results.expand_as(learner_moved)[learner_moved]
         observations = observations[learner_moved]  # (T, N, 9) -> (B, 9)
         masks, actions = masks[learner_moved], actions[learner_moved]
@@ -555,7 +564,7 @@ def train(
         loss.backward()
         optimizer.step()
 
-        # 6. Every REFRESH_EVERY updates, the opponent becomes a copy of the actor.
+        # 6. Now and then, the opponent becomes a copy of the present actor.
         if update % REFRESH_EVERY == 0:
             opponent.load_state_dict(actor.state_dict())
 
@@ -675,7 +684,7 @@ def print_header() -> None:
     print("wins: what the agent wins in % against random moves, moving 1st and 2nd.")
     print("lost: the lines of play (ways in which a whole game can go) that it loses.")
     print("The wins should rise to 99 and 92, the lost lines fall to 0, the entropy to")
-    print("0.6. The loss is the actor's; it jumps around 0, in a healthy run, too.\n")
+    print("0.6. The loss, the actor's, stays near 0: in a healthy run, too.\n")
     print("wins 1st  wins 2nd  lost 1st  lost 2nd  updates  entropy (nats)      loss")
 
 

@@ -40,13 +40,10 @@ Another game
     change one line of `play_moves` to
         rewards = -won.astype(np.float64) - illegal
     The other scripts of the lesson then train and measure an agent for it as they are.
-    With SEED = 0 it cannot be beaten after 800 updates either; against random moves, it
-    wins 60 % of the games moving first, and 99.9 % moving second.
-    For a board of another size, change CELLS, WINS, `board_text`, the 3 in `has_won` if
-    a win needs another number of cells, and in tictactoe_eval.py `probabilities_text`;
-    for other rules, everything in the first
-    section below. Only a small game can be played in *every* possible way, as
-    tictactoe_actorcritic.py does to decide when to stop: 4 x 4 cells are too many.
+    For a board of another size, change CELLS, WINS and `board_text` (and in
+    tictactoe_eval.py `probabilities_text` and `picture`); for other rules, everything
+    in the first section below. Only a small game can be played in *every* possible way,
+    as tictactoe_actorcritic.py does to decide when to stop: 4 x 4 cells are too many.
 """
 
 import gymnasium as gym
@@ -84,7 +81,7 @@ def has_won(boards: np.ndarray) -> np.ndarray:
     """
     # boards[..., WINS] looks up the three cells of each of the eight ways: (..., 8, 3).
     # Three cells add up to 3 only if each of them is +1.
-    return (boards[..., WINS].sum(axis=-1) == 3).any(axis=-1)
+    return (boards[..., WINS].sum(axis=-1) == WINS.shape[1]).any(axis=-1)
 
 
 def play_moves(boards: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -107,8 +104,7 @@ def play_moves(boards: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, ...
     full = (boards != 0).all(axis=-1)
     rewards = won.astype(np.float64) - illegal  # (4) +1, 0 or -1 for the mover
     terminated = won | full | illegal  # (5)
-    # Flip all signs for the next player. An illegal move does not pass the turn, so
-    # nothing is flipped.
+    # The next player sees all signs flipped. An illegal move does not pass the turn.
     next_boards = np.where(illegal[:, None], boards, -boards)
     return next_boards, rewards, terminated, illegal
 
@@ -116,7 +112,9 @@ def play_moves(boards: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, ...
 def board_text(board: np.ndarray) -> str:
     """A board (9,) as text: X and O, and the number of each empty cell."""
     marks = [str(number) for number in range(CELLS)]
-    x_value = 1 if board.sum() == 0 else -1  # X to move: sum 0, O to move: sum -1
+    # If X is to move, both sides have as many marks, and the sum is 0. If O is to move,
+    # X has one more, and its marks count as -1.
+    x_value = 1 if board.sum() == 0 else -1
     for cell in np.flatnonzero(board):
         marks[cell] = "X" if board[cell] == x_value else "O"
     rows = [f" {' | '.join(marks[start : start + 3])} " for start in (0, 3, 6)]
@@ -210,7 +208,7 @@ class TicTacToeVectorEnv(gym.vector.VectorEnv):
 
     def __init__(self, num_envs: int = 1, autoreset_mode: AutoresetMode = DISABLED):
         if AutoresetMode(autoreset_mode) != DISABLED:
-            # Gymnasium's own vector environment, a loop over N single boards, has it.
+            # Gymnasium's own vector environment, a loop over N boards, has autoreset.
             raise ValueError("for autoreset, use make_vec(vectorization_mode='sync')")
         self.num_envs = num_envs
         one = TicTacToeEnv()
@@ -221,7 +219,7 @@ class TicTacToeVectorEnv(gym.vector.VectorEnv):
         self.action_space = batch_space(one.action_space, num_envs)
         self.boards = np.zeros((num_envs, CELLS), dtype=np.int8)
         self.over = np.ones(num_envs, dtype=bool)  # (N,) no game is going on yet
-        self.was_reset = False
+        self.was_reset = False  # `over` is also True everywhere when all games ended
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         """Begin N games. Returns (observations, infos).
