@@ -163,7 +163,8 @@ MAX_RANDOM_CHANCE = 0.5
 
 # Step size of Adam at the start. If it is too small, learning takes more updates. If it
 # is too large, each batch of games moves the weights so far that much of what earlier
-# batches taught is lost.
+# batches taught is lost: with 0.1, two of three seeds could still be beaten after 1,600
+# updates.
 LEARNING_RATE = 0.01
 
 # What an entropy of 1 is worth at the start, on the scale of the results, where a win
