@@ -765,7 +765,8 @@ def load_model(kind: type, name: str) -> tuple[PreTrainedModel, Tokenizer]:
         if adapter:  # a folder that the package peft has written
             named = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
             base = find_model(named)
-            if base is None or (base == named and named.startswith(("/", "."))):
+            a_path = named.startswith(("/", "."))  # and no name on the Hub
+            if base is None or (a_path and not Path(base).is_dir()):
                 raise ValueError(f"its base model {named} is not here")
         words = name if Path(name, "tokenizer_config.json").exists() else base
         tokenizer = transformers.AutoTokenizer.from_pretrained(words)

@@ -6,15 +6,16 @@ What you will learn
     stays up. Each step brings a *reward* of 1. One attempt, from the start to the end,
     is an *episode*. It ends when the pole leans by more than 12 degrees, when the cart
     is more than 2.4 m from the middle, or after 500 steps. Nobody tells the agent which
-    push was right. It tries pushes at random, and each one becomes more likely the
-    better things went after it.
+    push was right. It tries pushes at random. Those after which things went better than
+    average become more likely, and the others less likely.
 
 The algorithm in 5 steps
     1. Start from a *policy*: a network that gives each action a probability.
     2. Play a batch of whole episodes. Each action is sampled with its probability.
-    3. Compute for each step its *return* (the sum of the rewards from this step on, in
-       which the next reward counts 0.99, the one after it 0.99^2, and so on) and its
-       *advantage* (the return minus the mean return of the batch).
+    3. Compute for each step its *return* (the reward of this step, plus 0.99 times that
+       of the next step, plus 0.99^2 times that of the one after it, and so on to the
+       end of the episode) and its *advantage* (the return minus the mean of all returns
+       of the batch).
     4. Take one gradient step that makes the actions with a positive advantage more
        likely, and those with a negative advantage less likely.
     5. Repeat from step 2 with the new policy.
@@ -35,12 +36,17 @@ Symbols
     s_t         observations  (T, N, 4)  cart position (m), cart velocity (m/s), pole
                                          angle (rad), angular velocity (rad/s)
     a_t         actions       (T, N)     0 pushes the cart to the left, 1 to the right
+    -           alive         (T, N)     True for the B real steps, False in the padding
     r_t         rewards       (T, N)     1 for each step, 0 in the padding
+    gamma       GAMMA                    the *discount*, 0.99
     G_t         returns       (T, N)     r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
     A_t         advantages    (B,)       G_t minus the mean of the B returns
+    pi(a|s)     policy                   the probability of action a in state s
     ln pi(a|s)  log_probs     (B,)       log-probability of the action that was taken
     s is called the *state* in books. Here the agent observes all of it, so that state
     and observation are the same.
+
+On a first reading, go from here to the Settings, and come back after `train`.
 
 Run it, and what you should see
     python train_cartpole.py     3 seconds on one core of a server CPU, without a GPU
@@ -64,7 +70,7 @@ Try this (three seeds each, with MAX_EPISODES = 1_500)
     | EPISODES_PER_UPDATE = 1,  | All become perfect, after 376 episodes in the        |
     | LEARNING_RATE = 0.01      | median. That takes 34 seconds, because an update     |
     |                           | with 1 episode takes about as long as one with 16    |
-    |                           | side by side, and 376 updates are needed, not 23.    |
+    |                           | side by side, and it takes 376 of them.              |
 
 When it goes wrong
     * The loss jumps around 0, and does not fall. This is normal: see `reinforce_loss`.
@@ -126,8 +132,8 @@ ENV_ID = "CartPole-v1"
 
 # Episodes that are played before each gradient step. The gradient is a mean over them,
 # and the noise in it falls as 1 / sqrt(episodes): four times as many episodes halve the
-# noise, but they leave only a quarter of the updates. If there are too few, most of the
-# gradient is noise.
+# noise, but the same number of episodes makes only a quarter of the updates. If there
+# are too few, most of the gradient is noise, and a smaller LEARNING_RATE is needed.
 EPISODES_PER_UPDATE = 16
 
 # Step size of Adam. If it is too small, learning is slow. If it is too large, the
@@ -138,8 +144,9 @@ LEARNING_RATE = 0.02
 # causes what follows soon; what comes hundreds of steps later also depends on all the
 # actions in between, and adds more noise than knowledge to its return. The sum 1 +
 # gamma + gamma^2 + ... is 1 / (1 - gamma) = 100, so a return looks about 100 steps
-# ahead, which is 2 seconds. With 0.9 it looks 10 steps ahead, and the policy learns far
-# more slowly. With 1.0 all later rewards count in full, which works here too.
+# ahead, which is 2 seconds (a step is 0.02 s). With 0.9 it looks 10 steps ahead, and
+# the policy learns far more slowly. With 1.0 all later rewards count in full, which
+# works here too.
 GAMMA = 0.99
 
 # Width of the hidden layer. A task this small needs few units. With very few it learns
@@ -253,10 +260,10 @@ def play_episodes(
 # Why steps 3 and 4 work: the policy gradient
 # ------------------------------------------------------------------------------------
 
-# Let J be the expected return: the mean of the returns of all episodes that can happen
-# when this policy plays, weighted with their probabilities. We want to raise J by
-# changing the weights of the network, so we need its gradient with respect to the
-# weights, which we write `grad J`. Here gamma is 1: all rewards count in full.
+# Let R be the sum of all rewards of an episode, and J the mean of R over all episodes
+# that can happen when this policy plays, weighted with their probabilities. We want to
+# raise J by changing the weights of the network, so we need its gradient with respect
+# to the weights, which we write `grad J`. Here gamma is 1: all rewards count in full.
 #
 # ONE DECISION. Suppose that an episode has a single step. In the state s, the policy
 # takes the action a with probability pi(a|s), and this brings the return G(a). Then
@@ -286,16 +293,18 @@ def play_episodes(
 #
 # The environment has dropped out. This is why we need not know how a pole moves: it is
 # enough to play. Now the episode takes the place of the action above, P the place of
-# pi, and R, the sum of all rewards of the episode, the place of G(a):
+# pi, and R the place of G(a): J = sum P R over all episodes, and as above
+# grad J = sum P [ R grad ln P ] = E[ R grad ln P ], which with the last equation is
 #
 #     grad J = E[ R sum_t grad ln pi(a_t|s_t) ] = E[ sum_t R grad ln pi(a_t|s_t) ]   (1)
 #
 # E[ ] is the mean over the episodes that the policy plays. A batch of N episodes gives
 # an estimate of it.
 #
-# A BASELINE is a number b that is subtracted from R in term t of (1), and that is
-# already known when the action a_t is sampled. It does not change grad J: in the mean
-# over the actions that may be taken in s_t, what is subtracted is
+# A BASELINE is a number b, which may be another one for each step, that is subtracted
+# from R in term t of (1), and that is already known when the action a_t is sampled. It
+# does not change grad J: in the mean over the actions that may be taken in s_t, what is
+# subtracted is
 #
 #     sum_a pi(a|s_t) [ b grad ln pi(a|s_t) ] = b sum_a grad pi(a|s_t) = b grad 1 = 0,
 #
@@ -307,11 +316,15 @@ def play_episodes(
 #
 #     grad J = E[ sum_t G_t grad ln pi(a_t|s_t) ]                                    (2)
 #
-# Secondly, we subtract the mean return. This leaves grad J as it is, but makes the
-# estimate less noisy. Suppose that all returns are near 100. Then without a baseline,
-# every action that was taken is pushed up with a force of about 100, whether it was
-# good or bad, and only in the mean over many episodes do these pushes cancel. With
-# b = 100, the good actions are pushed up a little, and the bad ones down.
+# Secondly, we subtract the mean of all returns of the batch. This leaves grad J as it
+# is, but makes the estimate less noisy. Suppose that all returns are near 100. Then
+# without a baseline, every action that was taken is pushed up with a force of about
+# 100, whether it was good or bad, and only in the mean over many episodes do these
+# pushes cancel. With b = 100, the good actions are pushed up a little, and the bad ones
+# down.
+#
+# In the code, G_t is discounted. That is no longer exactly (2), but it is less noisy:
+# see GAMMA and `reinforce_loss`.
 
 # ------------------------------------------------------------------------------------
 # Step 3: returns and advantages
@@ -323,14 +336,15 @@ def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
     G_t = r_t + gamma * G_{t+1},   and 0 after the last step
 
-    Sutton & Barto, eq. (3.9), who write R_{t+1} for our r_t.
+    Sutton & Barto, eq. (3.9); their R_{t+1} is our r_t.
 
     How can a reward that is always 1 teach anything? By when it stops. In CartPole, G_t
     says only how long the pole stayed up after step t. In the last steps before a fall
     it is small, and the actions of these steps are the ones that have to change.
     Step 500 makes an error: the pole would have stayed up, but no reward is counted any
     more, so that the last 100 steps or so of a perfect episode look as bad as the steps
-    before a fall. As this has nothing to do with the actions, it mostly adds noise.
+    before a fall. Whichever action is taken there, it is pushed down alike, and by the
+    argument on baselines such pushes cancel in the mean. So this mostly adds noise.
     Lesson 3 adds an estimate of the rewards that the limit has cut off.
 
     `rewards` is (T,) or (T, N) float32, with one column per episode, padded with zeros.
@@ -352,15 +366,16 @@ def subtract_mean(returns: Tensor) -> Tensor:
 
     A_t = G_t - mean(G)
 
-    The mean is the baseline b. All returns in CartPole are positive, so without it
-    every action that was taken would be pushed up, some only more than others. With it,
-    a step after which the pole stayed up for long has a positive advantage, and the
-    last steps before a fall have negative ones: their actions become less likely.
+    The mean is the baseline b. With it, a step after which the pole stayed up for long
+    has a positive advantage, and the last steps before a fall have negative ones: their
+    actions become less likely.
 
     The mean of the batch is not quite a baseline in the sense above, because G_t itself
     is one of the numbers that are averaged. The error in the expected gradient falls as
     1 / N. With N = 1 it is large: an episode is then compared with itself only, and its
-    advantages add up to 0, whether it was a good one or a bad one.
+    advantages add up to 0, whether it was a good one or a bad one. It still learns, as
+    the table under *Try this* shows, because within an episode the steps before the
+    fall are compared with the earlier ones.
 
     `returns` is (B,) float32: the real steps of a batch, without padding. Returns (B,).
     The example: without the padding and row by row, the returns are 1.5, 1.75, 1, 1.5,
@@ -376,14 +391,14 @@ def subtract_mean(returns: Tensor) -> Tensor:
 
 
 def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
-    """The loss whose gradient is minus the policy gradient, estimated from a batch.
+    """The loss whose gradient is minus estimate (2), with discount and baseline.
 
-    loss = -mean_t( A_t * ln pi(a_t|s_t) )
+    loss = -mean_t( A_t * ln pi(a_t|s_t) ),   mean_t over the B steps of the batch
 
-    Sutton & Barto, eq. (13.11): theta <- theta + alpha (G_t - b) grad ln pi(a_t|s_t),
-    where theta are the weights and alpha is the learning rate. The minus is there
-    because PyTorch's optimizers go downhill, and we want to go uphill. A_t was computed
-    from rewards, so it is a plain number, through which no gradient flows.
+    Sutton & Barto, eq. (13.11), for gamma = 1: theta <- theta + alpha (G_t - b) grad ln
+    pi(a_t|s_t), where theta are the weights and alpha is the learning rate. The minus
+    is there because PyTorch's optimizers go downhill, and we want to go uphill. A_t was
+    computed from rewards, so it is a plain number, through which no gradient flows.
 
     Equation (2) has a sum over the steps of an episode, and a mean over episodes. The
     loss has the mean over all steps of the batch, which is the same but for a factor,
@@ -399,14 +414,16 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     it, the action at step 300 would count 0.99^300 = 5 % of the first one, although a
     pole falls as easily then. The price is that for gamma < 1 the updates do not follow
     exactly the gradient of J, nor that of any other function (Nota & Thomas, 2020,
-    arXiv 1906.07073), so that no theorem says that they make any quantity grow.
+    arXiv 1906.07073), so that nothing guarantees that a step improves any one quantity.
+    In practice it works.
 
     `log_probs` is (B,), those of the actions that were taken, with gradient;
     `advantages` is (B,). Returns a scalar.
     The example: as long as each of the five actions has the probability 1/2, the loss
     is 0, because the advantages add up to 0 (its gradient is not 0). If the second
-    action, with the advantage 0.4, has the probability 0.8 instead, the loss is
-    -(0.4 ln 0.8 - 0.4 ln 0.5) / 5 = -0.0376, which is lower.
+    action, with the advantage 0.4, has the probability 0.8 instead, then, since the
+    advantages of the other four add up to -0.4, the loss is
+    -(0.4 ln 0.8 + (-0.4) ln 0.5) / 5 = -0.0376, which is lower.
     """
     return -(log_probs * advantages).mean()
 
