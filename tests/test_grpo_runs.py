@@ -216,6 +216,7 @@ def test_the_printed_gain_is_the_reward_of_other_prompts_before_and_after(
     lesson.main()
     first, last = (torch.tensor(call["return"]["rewards"]).mean() for call in before)
     assert first < 0.65 and last > first + 0.15
+    assert [len(call["return"]["rewards"]) for call in before] == [32, 32]
     out = capsys.readouterr().out
     assert f"{first:+.3f}" in out and f"{last:+.3f}" in out
     prompts = [call["prompt"] for call in scored]
