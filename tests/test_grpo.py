@@ -918,3 +918,15 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_weights_that_move(
     # Steps of 1e-5 that bfloat16 weights of 0.02 would lose. (Unused places stay.)
     large = weights(tiny_policy()[0]).abs() > 0.02
     assert (change[large] != 0).float().mean() > 0.8
+
+
+def test_the_reference_stays_what_the_policy_was_while_the_policy_learns(monkeypatch):
+    monkeypatch.setattr(lesson, "KL_COEF", 0.1)
+    policy, _ = tiny_policy()
+    reference, ids = lesson.make_reference(policy), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        before = policy(ids).logits.clone()
+        for weight in policy.parameters():
+            weight.add_(0.1)
+        assert not torch.allclose(policy(ids).logits, before)
+        assert torch.allclose(reference(ids).logits, before)
