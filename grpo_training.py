@@ -438,9 +438,9 @@ def grpo_loss(
         < 0  above 1 - eps    rho A       makes the token less likely
 
     The mean over the tokens of a response, before that over responses, does not follow
-    from the policy gradient. It lets each token of a long response count less. So long
-    wrong answers are punished less per token than short ones, and become longer. Dr.
-    GRPO (arXiv 2503.20783) drops this division and the one by the std.
+    from the policy gradient. It lets each token of a long response count less.
+    Therefore long wrong answers are punished less per token than short ones, and become
+    longer. Dr. GRPO (arXiv 2503.20783) drops this division and the one by the std.
 
     The KL penalty stands in the loss. PPO for language models puts it into the rewards
     instead (DeepSeekMath, eq. 2).
@@ -459,7 +459,7 @@ def grpo_loss(
     # masked_fill, since multiplying by the mask would turn an infinity into nan.
     padding = mask == 0
     log_probs = log_probs.masked_fill(padding, 0.0)
-    ratio = (log_probs - old_log_probs).exp()  # 1 in value, but with a gradient
+    ratio = (log_probs - old_log_probs).exp()  # has a gradient even where it is 1
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     advantages = advantages.unsqueeze(1)  # (G, 1): every token of a response alike
     objective = torch.min(ratio * advantages, clipped * advantages)
