@@ -17,7 +17,8 @@ The algorithm in 5 steps
        second network for this comparison, the critic. GRPO needs none.)
     4. Write the loss whose gradient makes the tokens of better responses more likely
        and those of worse responses less likely.
-    5. Take a gradient step, and go back to 1.
+    5. Take a gradient step. (INNER_STEPS times 4 and 5, on the same responses.) Go back
+       to 1.
 
 Symbols (G responses, L tokens in the longest, P in the prompt, V in the vocabulary)
     q           prompt_ids      (G, P)  the prompt, repeated for each response
@@ -308,13 +309,17 @@ def score_responses(reward: Callable, prompt: str, responses: list[str]) -> Tens
 # The rewards do not depend on the weights, and grad pi = pi grad ln pi (the derivative
 # of ln x is 1 / x). So the gradient of the mean reward is
 #     sum_o r(o) grad pi(o) = sum_o pi(o) r(o) grad ln pi(o),
-# the mean of r(o) grad ln pi(o) over texts that are sampled from pi. A group of samples
-# estimates it. As pi(o) is the product of the probabilities of the tokens, ln pi(o) is
-# the sum of their log-probabilities. (This is REINFORCE, as in lesson 1.)
+# the mean of r(o) grad ln pi(o) over texts that are sampled from pi: the *policy
+# gradient* (grad is with respect to the policy's weights). A group of samples estimates
+# it. As pi(o) is the product of the probabilities of the tokens, ln pi(o) is the sum of
+# their log-probabilities. (This is REINFORCE, as in lesson 1.) The simplest loss is
+# thus -mean_i( r_i ln pi(o_i) ). What follows changes r_i into an advantage, and step 4
+# adds a ratio with a clip, a mean over tokens and a KL penalty.
 #
 # Why the mean of the group may be subtracted.
 #
-# Taking the same number b from all rewards changes the mean of r(o) grad ln pi(o) by
+# Taking a number b, which does not depend on the text o, from its reward changes the
+# mean of r(o) grad ln pi(o) by
 #     -b sum_o pi(o) grad ln pi(o) = -b grad sum_o pi(o) = -b grad 1 = 0.
 # So b, the baseline, changes the gradient of one group, but not the mean of many. If b
 # is near the mean reward, it makes the gradient less noisy. Without a baseline, rewards
@@ -327,7 +332,8 @@ def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
     A_i = (r_i - mean(r)) / (std(r) + 1e-4)
 
     DeepSeekMath, section 4.1.2; the 1e-4, against a division by 0, is ours.
-    `scale_by_std=False` leaves out the division.
+    The division makes the step independent of the scale of the rewards; nothing in the
+    derivation above asks for it. `scale_by_std=False` leaves it out.
 
     The mean of the group is not quite a baseline, as r_i is one of the numbers in it:
     r_i - mean(r) holds only the share 1 - 1/G of r_i. So the mean gradient keeps its
@@ -424,13 +430,17 @@ def grpo_loss(
     DeepSeekMath, eq. (3).
 
     The ratio. The responses were sampled from pi_old, which differs from pi from the
-    second gradient step on; rho corrects for that. pi_old is a constant, so
+    second gradient step on; rho corrects for that: the mean over texts from pi_old,
+    weighted with rho, is sum_o pi_old(o) pi(o)/pi_old(o) A = sum_o pi(o) A, the mean
+    over texts from pi. (Token by token, this is approximate.) pi_old is a constant, so
     grad rho = rho grad ln pi. In the first gradient step rho is 1: the value of the
     loss is then -mean(A) = 0 (plus beta k3), and so says nothing; but its gradient is
     that of -mean_i( A_i mean_t ln pi ), the policy gradient of step 3.
 
-    The min and the clip. A token is pushed no further once rho has moved by eps in the
-    direction of the push, and it can always come back:
+    The min and the clip. A group says little about a policy that is far from the one
+    that wrote it, so several steps on it must not carry the policy far. A token is
+    pushed no further once rho has moved by eps in the direction of the push, and it can
+    always come back:
         A    rho              min takes   gradient
         > 0  above 1 + eps    clipped     0: it is already likely enough
         > 0  below 1 + eps    rho A       makes the token more likely
@@ -1055,7 +1065,8 @@ def clip_gradient(policy: nn.Module) -> Tensor:
 def diagnose(batch: dict) -> dict[str, Tensor]:
     """What to watch. Each is a mean over the responses of a batch.
 
-    * KL: k3, the distance from the reference; 0 to 0.1 is near, 1 is far.
+    * KL: k3, the distance from the reference; 0 to 0.1 is near, 1 is far. With
+      KL_COEF = 0 there is no reference: it is not measured, and shown as 0.
     * entropy: -ln pi, how undecided the policy is, in nats (the unit of ln) per token.
       Near 0, only one response is left. With TOP_P < 1, the figure is a little too low,
       as the least likely tokens are missing.
