@@ -20,18 +20,22 @@ The algorithm in 5 steps
     5. Take a gradient step. (INNER_STEPS times 4 and 5, on the same responses.) Go back
        to 1.
 
-Symbols (G responses, L tokens in the longest, P in the prompt, V in the vocabulary)
+Symbols (G responses, L tokens in the longest response, P in the prompt)
     q           prompt_ids      (G, P)  the prompt, repeated for each response
     o_i, o_it   completion_ids  (G, L)  response i, and its token t
     m_it        mask            (G, L)  1 up to the end of the response, 0 after it
     r_i, A_i    rewards, advantages (G,)  one for all the tokens of response i
+    pi                                  the policy's probability of a token, given all
+                                        the tokens before it
     ln pi       log_probs       (G, L)  of each token, by the policy as it is now
     ln pi_old   old_log_probs   (G, L)  ... by the policy that sampled the responses
     ln pi_ref   ref_log_probs   (G, L)  ... by the reference policy, a frozen copy of
                                         the policy before training
     rho_it      ratio           (G, L)  pi / pi_old: how much more likely a token became
-    eps, beta   CLIP_EPS, KL_COEF       bounds of rho, and the weight of the
-                                        Kullback-Leibler (KL) divergence from pi_ref
+    eps         CLIP_EPS                how far rho may move away from 1 before a token
+                                        is pushed no further
+    beta        KL_COEF                 the weight of the Kullback-Leibler (KL)
+                                        divergence, a distance of pi from pi_ref
 
 One group goes through all the equations below
     The vocabulary has three tokens: 0 is the end-of-sequence token, 1 is "yes" and 2 is
@@ -43,7 +47,7 @@ One group goes through all the equations below
       4  no no no          [2, 2, 2]    [1, 1, 1]     0       -0.5
     The policy that sampled them gave the first token the probabilities
     [0.2, 0.4, 0.4]. A gradient step has changed these to [0.2, 0.6, 0.2] and, to keep
-    it simple, no others.
+    it simple, no others. The reference policy is the one that sampled.
 
 Run it, and what you should see (the manual is in README.md)
     python grpo_training.py
@@ -57,6 +61,11 @@ Run it, and what you should see (the manual is in README.md)
       49   -0.09  2.09   +2.95 +0.000  0.000    1.04    0.0%   52.6     50%     2.94
     32 fresh responses before training: mean reward -1.312 (std 1.316)
     32 fresh responses after training: mean reward +0.287 (std 1.934)
+    A row shows the mean, the std and the best of the step's rewards; the loss; how far
+    the policy is from the reference (KL; 0 if KL_COEF is 0, as it is not measured); how
+    undecided it is (entropy, in nats per token); which share of the tokens the clip
+    holds; how long the responses are, in tokens; how many of them were cut off at
+    MAX_NEW_TOKENS; and the norm of the gradient.
 
 Try this (with the small models, seeds 0 to 2; the median gain in reward is 1.6)
     Edit              Gain
@@ -249,7 +258,7 @@ def generate_group(
     Gives a dict with the `responses` as texts, and `prompt_ids` (G, P),
     `completion_ids` (G, L) and `mask` (G, L), int64, where G is `samples`.
     """
-    model = extract_model_from_parallel(policy)  # the model itself: see main()
+    model = extract_model_from_parallel(policy)  # several processes wrap it
     prompt_ids = encode_prompt(tokenizer, prompt).to(model.device)  # (1, P)
     # A checkpoint may bring settings of its own for generate(), such as a top_k. They
     # would change the probabilities, so load_policy keeps its end-of-sequence tokens
@@ -335,12 +344,13 @@ def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
     The division makes the step independent of the scale of the rewards; nothing in the
     derivation above asks for it. `scale_by_std=False` leaves it out.
 
-    The mean of the group is not quite a baseline, as r_i is one of the numbers in it:
-    r_i - mean(r) holds only the share 1 - 1/G of r_i. So the mean gradient keeps its
-    direction and is 1 - 1/G times as long. (RLOO, arXiv 2402.14740, takes the mean of
-    the other responses, which is a baseline.) This holds only with
-    `scale_by_std=False`, since the std depends on r_i as well; without the division by
-    the length in grpo_loss; and with TOP_P = 1.
+    The mean of the group is not quite such a number b, since it contains r_i itself:
+    r_i - mean(r) = (1 - 1/G) r_i - (the sum of the other rewards) / G. The second part
+    does not depend on response i, so it is a baseline; the first makes the mean
+    gradient 1 - 1/G times as long, and leaves its direction. (RLOO, arXiv 2402.14740,
+    subtracts the mean of the other responses, which is exactly a baseline. The std
+    depends on r_i, too, so with it this factor is only approximate.)
+
     If all rewards are equal, rounding can leave advantages of 3e-8 instead of 0. AdamW
     divides a gradient by its recent size, so even these could move the weights by LR.
     Therefore they are set to exactly 0.
@@ -368,8 +378,9 @@ def completion_log_probs(
 
     ln pi(o_t | q, o_<t) = z_t[o_t] - ln sum_v exp(z_t[v]),   z_t = logits / temperature
 
-    The logits are the model's V outputs at each place. Those at one token are about the
-    next one, so z_t is read one place before o_t:
+    o_<t are the tokens of the response before o_t, and the sum is over the V tokens of
+    the vocabulary. The logits are the model's V outputs at each place. Those at one
+    token are about the next one, so z_t is read one place before o_t:
         input    q_1  q_2  q_3  o_1  o_2
         output             z_1  z_2  z_3
     o_L need not be read at all. An output depends on earlier tokens only, so padding on
@@ -396,12 +407,19 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     k3 = pi_ref/pi - ln(pi_ref/pi) - 1
 
     DeepSeekMath, eq. (4); k3 is J. Schulman's name. It is never negative, as ln x is at
-    most x - 1, and 0 where both agree. Its mean over tokens sampled from pi is the KL
-    divergence KL(pi || pi_ref) = sum_v pi(v) ln(pi(v) / pi_ref(v)): that is the mean of
-    the middle term, and the two others cancel on average, since
-    sum_v pi(v) pi_ref(v)/pi(v) = sum_v pi_ref(v) = 1. They only make it less noisy.
-    As a loss, k3 has a gradient whose mean is that of KL(pi_ref || pi), with the roles
-    swapped. Both pull pi towards pi_ref; the paper does the same.
+    most x - 1, and 0 where both agree.
+
+    Its mean over tokens sampled from pi is the KL divergence
+        KL(pi || pi_ref) = sum_v pi(v) ln(pi(v) / pi_ref(v)).
+    For the mean of the middle term is just this sum; the mean of the first term is
+    sum_v pi(v) pi_ref(v)/pi(v) = sum_v pi_ref(v) = 1, and the last term, -1, cancels
+    it. The first and the last term only make the estimate less noisy.
+
+    As a part of the loss, k3 pulls pi towards pi_ref: its gradient is
+    (1 - pi_ref/pi) grad ln pi, so that a step downhill makes a token more likely where
+    pi is below pi_ref, and less likely where it is above. (The mean of this gradient is
+    that of KL(pi_ref || pi), with the roles swapped, since nothing flows through the
+    sampling of the token. The paper does the same.)
 
     Both (G, L); gives (G, L).
     By hand: "yes" has pi 0.6 and pi_ref 0.4 -> 2/3 - ln(2/3) - 1 = 0.0721; "no" has 0.2
@@ -466,7 +484,8 @@ def grpo_loss(
     -> loss = -(1.65 - 0.45 - 2 * 0.4667) / 4 = -0.0667. Before the gradient step, it
     was 0. Each first token has been pushed far enough and has no gradient now.
     """
-    # masked_fill, since multiplying by the mask would turn an infinity into nan.
+    # masked_fill, since multiplying an infinity by a mask of 0 gives nan. It is done
+    # twice: what the padding holds may reach neither the gradient nor the value.
     padding = mask == 0
     log_probs = log_probs.masked_fill(padding, 0.0)
     ratio = (log_probs - old_log_probs).exp()  # has a gradient even where it is 1
@@ -503,7 +522,8 @@ def train(policy, tokenizer, reference, reward, optimizer, first_step=0) -> Iter
             # 3. They are compared within their group.
             group["advantages"] = group_advantages(group["rewards"], SCALE_BY_STD)
             groups.append(group)
-        batches = split_groups(groups)  # of at most MICRO_BATCH_SIZE responses each
+        # Batches of at most MICRO_BATCH_SIZE responses, each with its `share` in all.
+        batches = split_groups(groups)
         for _ in range(INNER_STEPS):
             for batch in batches:
                 # 4. The loss. The policy is in eval mode, without dropout: it must be
@@ -511,15 +531,16 @@ def train(policy, tokenizer, reference, reward, optimizer, first_step=0) -> Iter
                 # tokens' probabilities by more than 20 % (the bounds of the clip), and
                 # single ones by a factor of 3.
                 log_probs = batch_log_probs(policy, batch)
-                # Until the first gradient step, pi is still the pi_old that sampled.
+                # In the first inner step, pi is still the pi_old that sampled, and its
+                # log-probabilities are kept for the later ones.
                 old = batch.setdefault("old_log_probs", log_probs.detach())
                 ref = reference_log_probs(reference, batch)
                 advantages, mask = batch["advantages"], batch["mask"]
                 loss = grpo_loss(
                     log_probs, old, ref, advantages, mask, CLIP_EPS, KL_COEF
                 )
-                # backward() adds to the gradients of the batches before. The batch's
-                # share in all responses makes the sum a mean.
+                # backward() adds to the gradients of the batches before. Weighted with
+                # its share in all responses, each loss adds up to their mean.
                 (batch["share"] * loss).backward()
                 batch |= {"log_probs": log_probs.detach(), "loss": loss.detach()}
             # 5. A gradient step.
@@ -536,13 +557,10 @@ def train(policy, tokenizer, reference, reward, optimizer, first_step=0) -> Iter
 HERE = Path(__file__).resolve().parent
 TINY_MODELS = HERE / "grpo_tiny"
 DEFAULT_MODELS = {"gpt2", "OpenAssistant/reward-model-deberta-v3-large"}
-HEADER = (
-    "step  reward   std    best   loss     KL entropy clipped length cut off gradient"
-)
-ROW = (
-    "{step:4d} {reward:+7.2f} {std:5.2f} {best:+7.2f} {loss:+6.3f} {KL:6.3f} "
-    "{entropy:7.2f} {clipped:7.1%} {length:6.1f} {cut off:7.0%} {gradient:8.2f}"
-)
+HEADER = "step  reward   std    best   loss     KL entropy clipped "
+HEADER += "length cut off gradient"
+ROW = "{step:4d} {reward:+7.2f} {std:5.2f} {best:+7.2f} {loss:+6.3f} {KL:6.3f} "
+ROW += "{entropy:7.2f} {clipped:7.1%} {length:6.1f} {cut off:7.0%} {gradient:8.2f}"
 
 
 def main() -> None:
@@ -581,6 +599,7 @@ def main() -> None:
             if stopped:
                 accelerator.set_trigger()
             if accelerator.check_trigger():  # in any of the processes
+                accelerator.wait_for_everyone()
                 sys.exit(f"Stopped after {len(run['rewards'])} of {NUM_STEPS} steps.")
         print_gain(run["before"], evaluate(policy, tokenizer, reward))
         folder = save("")
@@ -588,6 +607,9 @@ def main() -> None:
         show_in_notebook(Path(folder, "learning_curve.png"))
         if (SAVE_EVERY or RESUME) and accelerator.is_main_process:
             shutil.rmtree(folder_of("_checkpoint"), ignore_errors=True)  # of this run
+    # PyTorch can hang if a process ends while the thread that exchanged its last tensor
+    # is still busy. That thread is done when all the processes have met here.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
@@ -598,12 +620,11 @@ def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
     Ctrl-C, `kill` and a closed terminal only leave a mark in the list that this yields;
     main() looks at it once per step. So no signal can interrupt the writing of a file.
     """
-    stopped, signals = [], ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
-    before = {}
+    stopped, before = [], {}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     if threading.current_thread() is threading.main_thread():  # the only one that may
-        for number in [
-            getattr(signal, name) for name in signals if hasattr(signal, name)
-        ]:
+        for number in numbers:
             if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
                 before[number] = signal.signal(number, lambda *_: stopped.append(True))
     try:
@@ -693,12 +714,7 @@ def is_ours(folder: Path) -> bool:
         if is_new:
             folder.rmdir()
         return names <= files_of(folder)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-    ):  # the last three: another's log
+    except (OSError, ValueError, LookupError, TypeError):  # or the log is another's
         return False
 
 
@@ -710,10 +726,8 @@ def start_accelerator() -> Accelerator:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     tracker = "wandb" if USE_WANDB else None
-    cpu = DEVICE == "cpu"
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision=MIXED_PRECISION, log_with=tracker
-    )
+    where = {"cpu": DEVICE == "cpu", "mixed_precision": MIXED_PRECISION}
+    accelerator = Accelerator(**where, log_with=tracker)
     accelerator.init_trackers("grpo_training")
     return accelerator
 
@@ -841,10 +855,9 @@ def end_tokens(policy: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     if tokenizer.chat_template:
         with contextlib.suppress(Exception):  # check_policy will say what is wrong
-            text = chat_text(
-                tokenizer, "Question", "Answer"
-            )  # and what closes the turn
-            ids = encode(tokenizer, text.rpartition("Answer")[2].strip())
+            text = chat_text(tokenizer, "Question", "Answer")
+            closing = text.rpartition("Answer")[2].strip()  # what closes the turn
+            ids = encode(tokenizer, closing)
             if len(ids) == 1 or ids[0] in tokenizer.added_tokens_decoder:
                 ends.add(ids[0])
     known = policy.get_input_embeddings().num_embeddings
@@ -884,9 +897,8 @@ def decode(
     tokenizer: Tokenizer, completion_ids: Tensor, mask: Tensor, ends: list
 ) -> list:
     """The texts of the responses, without their ends and what stands behind them."""
-    rows = [
-        ids[: m.sum()].tolist() for ids, m in zip(completion_ids, mask, strict=True)
-    ]
+    lengths = mask.sum(1).tolist()
+    rows = [row[:n] for row, n in zip(completion_ids.tolist(), lengths, strict=True)]
     rows = [row[:-1] if row[-1] in ends else row for row in rows]
     return tokenizer.batch_decode(rows, skip_special_tokens=not KEEP_SPECIAL_TOKENS)
 
@@ -902,21 +914,13 @@ def check_policy(policy: PreTrainedModel, tokenizer: Tokenizer) -> None:
     prompts = [encode_prompt(tokenizer, text) for text in PROMPTS + eval_prompts()]
     longest, size = context_length(policy.config), max(ids.shape[1] for ids in prompts)
     if size + MAX_NEW_TOKENS > longest:
-        raise ValueError(
-            f"it reads {longest} tokens; prompt and MAX_NEW_TOKENS are more"
-        )
-    if (
-        max(ids.max() for ids in prompts)
-        >= policy.get_input_embeddings().num_embeddings
-    ):
-        raise ValueError(
-            "a prompt has a token that its tokenizer knows, but it does not"
-        )
-    ids, limits = (
-        prompts[0].to(policy.device),
-        {"max_new_tokens": 8, "min_new_tokens": 8},
-    )
-    sampling = GenerationConfig(do_sample=True, top_k=0, **limits)
+        too_long = "tokens; prompt and MAX_NEW_TOKENS are more"
+        raise ValueError(f"it reads {longest} {too_long}")
+    known = policy.get_input_embeddings().num_embeddings
+    if max(ids.max() for ids in prompts) >= known:
+        raise ValueError("its tokenizer makes a token of a prompt that it lacks")
+    ids, limits = prompts[0].to(policy.device), {"min_new_tokens": 8}
+    sampling = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=8, **limits)
     show = {"output_logits": True, "return_dict_in_generate": True}
     sampled = policy.generate(ids, generation_config=sampling, **show)
     completion_ids = sampled.sequences[:, ids.shape[1] :]
@@ -967,11 +971,9 @@ class RewardModel:
     def cut(self, text: str, longest: int) -> str:
         """The text without its end, if it is longer than that many tokens."""
         ids = encode(self.tokenizer, text)
-        return (
-            text
-            if len(ids) <= longest
-            else self.tokenizer.decode(ids[: max(0, longest)])
-        )
+        if len(ids) <= longest:
+            return text
+        return self.tokenizer.decode(ids[: max(0, longest)])
 
     def read(self, prompt: str, responses: list[str]) -> dict:
         """Prompt and response as the model was trained to read them, as token ids.
@@ -979,17 +981,14 @@ class RewardModel:
         A tokenizer with a chat template makes a conversation of them, any other a pair
         with special tokens between the two. What is too long loses its end.
         """
-        tokenizer, options = (
-            self.tokenizer,
-            {"padding": self.pads, "return_tensors": "pt"},
-        )
+        tokenizer = self.tokenizer
+        options = {"padding": self.pads, "return_tensors": "pt"}
         if not tokenizer.chat_template:
             options |= {"truncation": "only_second", "max_length": self.longest}
             return tokenizer([prompt] * len(responses), responses, **options)
         room = self.longest - len(encode(tokenizer, chat_text(tokenizer, prompt, "")))
-        texts = [
-            chat_text(tokenizer, prompt, self.cut(text, room)) for text in responses
-        ]
+        cut = [self.cut(text, room) for text in responses]
+        texts = [chat_text(tokenizer, prompt, text) for text in cut]
         return tokenizer(texts, add_special_tokens=False, **options)
 
 
@@ -1014,9 +1013,8 @@ def recompute_activations(policy: nn.Module) -> None:
     if not layers:
         sys.exit("Settings: GRADIENT_CHECKPOINTING must be False with this policy.")
     for layer in layers:
-        layer.forward = functools.partial(
-            checkpoint, layer.forward, use_reentrant=False
-        )
+        plain = layer.forward
+        layer.forward = functools.partial(checkpoint, plain, use_reentrant=False)
 
 
 def prompts_of_step(step: int) -> list[str]:
@@ -1099,11 +1097,8 @@ def measure(accelerator: Accelerator, result: dict) -> dict[str, float]:
             found[name] = found.get(name, 0) + batch["share"] * value
     found = accelerator.reduce(found, "mean")
     rewards = all_rewards(accelerator, result)
-    found |= {
-        "reward": rewards.mean(),
-        "std": rewards.std(1).mean(),
-        "best": rewards.max(),
-    }
+    found |= {"reward": rewards.mean(), "std": rewards.std(1).mean()}
+    found["best"] = rewards.max()
     return {name: value.item() for name, value in found.items()}
 
 
@@ -1153,11 +1148,9 @@ def print_step(step: int, metrics: dict, groups: list[dict]) -> None:
     shown = {name: round(value, 3) + 0.0 for name, value in metrics.items()}  # no -0
     say(ROW.format(step=step, **shown))
     if step % REPORT_EVERY == 0:
-        scored = [
-            pair
-            for g in groups
-            for pair in zip(g["rewards"].tolist(), g["responses"], strict=True)
-        ]
+        rewards = torch.cat([group["rewards"] for group in groups]).tolist()
+        responses = [text for group in groups for text in group["responses"]]
+        scored = list(zip(rewards, responses, strict=True))
         print_text("best ", *max(scored))
         print_text("worst", *min(scored))
 
@@ -1237,10 +1230,8 @@ def save_run(
     (aside / "training_log.json").write_text(json.dumps(log))
     # A folder without config.json does not load. So it is moved away first, and comes
     # last: whatever happens in between, no mixture of two models can be loaded.
-    old = sorted(
-        files_of(folder) & set(os.listdir(folder)) - {aside.name, replaced.name}
-    )
-    old.sort(key="config.json".__ne__)
+    old = files_of(folder) & set(os.listdir(folder)) - {aside.name, replaced.name}
+    old = sorted(old, key="config.json".__ne__)
     moves = [(folder / name, replaced / name) for name in old]
     moves += [(aside / name, folder / name) for name in names]
     for done, (source, target) in enumerate(moves):
@@ -1249,9 +1240,8 @@ def save_run(
         except OSError as problem:
             for source, target in reversed(moves[:done]):
                 os.replace(target, source)
-            sys.exit(
-                f"{folder} cannot be changed, so the model is in {aside}: {problem}"
-            )
+            where = f"{folder} cannot be changed, so the model is in {aside}"
+            sys.exit(f"{where}: {problem}")
     shutil.rmtree(replaced)
     aside.rmdir()
     return str(folder)
