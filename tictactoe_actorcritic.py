@@ -11,24 +11,25 @@ Who is who
     The *actor* is a network that gives each move a probability: the policy. The
     *critic* is a second network; it predicts how a game will end. In training, the
     actor plays against the *opponent*, a frozen copy of what it was some updates ago.
-    The actor's side of such a game is called the *learner*; its moves are sampled. The
-    *agent* is the finished player: the actor playing *greedily*, that is, always
-    making its most likely move.
+    The actor's side of such a game is called the *learner*. Both sides *sample* their
+    moves with the probabilities that their networks give. The *agent* is the finished
+    player: the actor playing *greedily*, that is, always making its most likely move.
 
 The algorithm in 7 steps
     1. Start from an actor and a critic that know nothing. The opponent is a frozen copy
        of the actor.
     2. Play many whole games against the opponent. The learner moves first in every
-       second game. In each game, some moves of the opponent are random.
+       second game. In each game, some moves of the opponent are *random*: all empty
+       cells are equally likely.
     3. Give each move of the learner its *return*: +1 if the game was won, 0 if it was
        drawn, -1 if it was lost. A bad move in a won game gets +1 too, but over many
        games the good moves get it more often.
     4. Subtract what the critic expected in that position. What is left is the
        *advantage* of the move.
     5. Take one gradient step. The actor makes moves with a positive advantage more
-       likely, and gets a bonus for its *entropy*, which says how varied its moves are.
-       The critic moves its predictions towards the returns. The bonus and the learning
-       rate shrink with time.
+       likely, and gets a bonus for its *entropy*, which says how varied its moves are,
+       so that it goes on trying other moves. The critic moves its predictions towards
+       the returns. The bonus and the learning rate shrink with time.
     6. Every REFRESH_EVERY updates, the opponent becomes a copy of the present actor.
     7. Repeat from step 2. After NUM_UPDATES updates, stop as soon as the agent cannot
        be beaten: whatever an opponent does, it never loses.
@@ -42,15 +43,16 @@ Symbols
     of the games has T steps. B is the number of moves of the learner in all games.
     s_t         observations   (T, N, 9)  the board as the side to move sees it: +1 is
                                           its own mark, -1 the other's, 0 an empty cell
-    a_t         actions        (T, N)     the cell that was taken, 0 to 8
+    a_t         actions        (T, N)     the cell that was taken: 0 to 8, row by row
+                                          from the top left
     -           masks          (T, N, 9)  1 where a cell may be taken, else 0
     -           learner_moved  (T, N)     True for the B moves of the learner
     G_t         returns        (B,)       how the game ended for the learner
     V(s_t)      values         (B,)       the critic's prediction of G_t
     A_t         advantages     (B,)       G_t - V(s_t)
     ln pi(a|s)  log_probs      (B,)       log-probability of the move that was made
-    From step 3 on, only the moves of the learner are kept. There, t counts the B moves
-    of all games, and mean_t is the mean over them.
+    From step 3 of the algorithm on, only the moves of the learner are kept. There, t
+    counts the B moves of all games, and mean_t is the mean over them.
 
 Run it, and what you should see
     python tictactoe_actorcritic.py     12 seconds on one core of a server CPU, no GPU
@@ -64,8 +66,8 @@ Run it, and what you should see
             98.7      91.5         0         2      200           0.985   -0.0784
             99.0      91.6         0         0      800           0.582    0.0114
     Each of the seeds 0 to 9 ends after 800 updates with an agent that cannot be beaten.
-    Against random moves, each wins 98.96 % of the games in which it moves first and
-    91.64 % of the others. The most that a player can win without ever taking the risk
+    Against random moves, each of the ten wins exactly 98.96 % of the games in which it
+    moves first and 91.64 % of the others. The most that a player can win without ever taking the risk
     of a loss is 99.48 % and 91.64 % (tictactoe_eval.py computes these bounds).
 
 Try this (medians of seeds 0 to 2)
@@ -157,8 +159,9 @@ GAMES_PER_UPDATE = 512
 REFRESH_EVERY = 20
 
 # In each game, a random number from 0 to MAX_RANDOM_CHANCE is the probability that a
-# move of the opponent is random. With 0, the learner sees too few mistakes to learn how
-# each of them is punished. Section "Step 2" says what a large one does.
+# move of the opponent is random. With MAX_RANDOM_CHANCE = 0, the learner sees too few
+# mistakes to learn how each of them is punished. Section "Step 2" says what a large one
+# does.
 MAX_RANDOM_CHANCE = 0.5
 
 # Step size of Adam at the start. If it is too small, learning takes more updates. If it
@@ -184,8 +187,8 @@ HIDDEN_UNITS = 64
 # same seed gives the same weights, bit for bit.
 SEED = 0
 
-# Updates (turns of the loop in `train`) that are made at least, and those after which
-# the run gives up if the agent can still be beaten.
+# The run makes at least NUM_UPDATES updates (turns of the loop in `train`). If the agent
+# can still be beaten then, the run goes on, to MAX_UPDATES at most.
 NUM_UPDATES = 800
 MAX_UPDATES = 1_600
 
@@ -281,8 +284,8 @@ def mask_illegal(logits: Tensor, action_mask: Tensor) -> Tensor:
 # would hardly ever see the positions after such mistakes, and not learn to punish them.
 #
 # WHY WITH A DIFFERENT PROBABILITY IN EACH GAME? So that the learner meets all kinds of
-# opponents. If the probability is near 0, the opponent is as strong as it can be, and
-# the learner finds out which of its own moves lose. If it is near 1/2, the opponent
+# opponents. If the probability is near 0, the opponent plays as its policy says, and the
+# learner finds out which of its own moves lose. If it is near 1/2, the opponent
 # blunders in nearly every game, and the learner finds out how to win. (In a game as
 # small as this one, we measured no advantage over 1/4 in all games.)
 # With the probability 1 in every game, the opponent would be a random player, and the
@@ -316,12 +319,13 @@ def play_games(
 
     In `env`, a board whose game has ended stays as it is until the next reset.
     `learner_first` is (N,) bool. `random_chances` is (N,): the probability, the same in
-    the whole game, that a move of the opponent is sampled from all legal ones.
+    the whole game, that a move of the opponent is random (all legal cells are equally
+    likely) instead of sampled from its policy.
 
     Returns observations (T, N, 9) and masks (T, N, 9), int8; actions (T, N) int64;
     learner_moved (T, N) bool; and results (N,) float32: +1 where the learner won, 0
-    where the game was drawn, -1 where it lost. In the steps after the end of a game,
-    the tensors are padded, and learner_moved is False.
+    where the game was drawn, -1 where it lost. The steps after the end of a game are
+    padding (the final board, a mask of 0, action 0), and learner_moved is False there.
     """
     steps = []
     results = torch.zeros(env.num_envs)
@@ -375,7 +379,7 @@ def play_games(
 # does not depend on the weights, because the opponent is frozen. The logarithm turns
 # the product into a sum, whose terms for the opponent have the gradient 0:
 #
-#     grad ln P(game) = sum_t grad ln pi(a_t|s_t)     over the moves of the learner
+#     grad ln P(game) = sum_t grad ln pi(a_t|s_t)     (t: its moves in this one game)
 #
 # By the chain rule, grad ln P = grad P / P, so that grad P = P grad ln P, and therefore
 #
@@ -416,8 +420,8 @@ def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
     it, this loss would train the critic too, and push V up in every position:
     `critic_loss` shows by how much.
 
-    `returns` is (B,), `values` is (B,). Returns (B,), through which no gradient flows.
-    The example, its six moves in the order of the steps: the returns are 1, -1, 1, -1,
+    `returns` is (B,), `values` is (B,). The result is (B,); no gradient flows through
+    it. The example, its six moves in the order of the steps: the returns are 1, -1, 1, -1,
     1, -1. If the values are 0.25, -0.5, 0.5, -0.25, 1, 0, then the advantages are 0.75,
     -0.5, 0.5, -0.75, 0, -1. The winning move at step 4 gets nothing, because the critic
     was sure of the win already. The blunder at step 5 gets the largest part of the
@@ -448,9 +452,10 @@ def actor_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     but for a factor, the mean number of moves in a game.
 
     The value of this loss says nothing about how well the actor plays, only its
-    gradient counts. The critic learns as well: it soon expects what the actor can do,
-    so that the advantages are near 0 on average, and the loss stays near 0 (mostly
-    slightly below it), however well the actor plays.
+    gradient counts. The critic learns as well: in each position it soon expects the
+    mean of what follows, so that advantages above and below 0 balance, and the loss is
+    near 0 however well the actor plays. Mostly it is slightly below 0, since the likely
+    moves, whose ln pi is near 0, are the better ones already.
 
     `log_probs` is (B,), those of the moves that were made, with gradient; `advantages`
     is (B,). Returns a scalar.
@@ -470,10 +475,13 @@ def entropy_bonus(entropies: Tensor, beta: float) -> Tensor:
     the unit that belongs to ln). A move that is never tried is never judged again, even
     if it only had bad luck in the first games. The bonus keeps every move possible.
 
-    But the bonus also changes which policy is the best. With a constant beta, it is not
-    the one that wins most: the best one plays a move with a probability proportional to
-    exp(mean result of the move / beta). For two moves with the mean results 1 and 0.9,
-    and beta = 0.25, that is 60 and 40 %. Therefore the bonus has to shrink.
+    But the bonus also changes which policy is the best. With a constant beta, the best
+    one for result and bonus together plays a move with a probability proportional to
+    exp(q / beta), where q is the mean result of the move. (In one position,
+    sum_a pi_a q_a + beta H is largest where moving a little probability from one move
+    to another changes nothing, that is, where q_a - beta ln pi_a is the same for all
+    moves.) For two moves with q = 1 and q = 0.9, and beta = 0.25, that is 60 and 40 %.
+    Therefore the bonus has to shrink.
 
     `entropies` is (B,), with gradient; `beta` is what one nat is worth. Returns a
     scalar.
@@ -492,8 +500,9 @@ def critic_loss(values: Tensor, returns: Tensor) -> Tensor:
 
     And if the `detach` of `subtract_values` were missing? The derivative of actor_loss
     with respect to V(s_t) is ln pi(a_t|s_t) / B. It is never positive, so gradient
-    descent would push every V up. The two losses together would come to rest where
-    2 (V - mean(G_t)) + mean(ln pi) is 0, that is, at V = mean(G_t) + H / 2.
+    descent would push every V up. Take one position: its mean of ln pi over the moves
+    is -H, minus the entropy. The two losses together would come to rest where
+    2 (V - mean(G_t)) - H is 0, that is, at V = mean(G_t) + H / 2.
 
     `values` is (B,), with gradient; `returns` is (B,). Returns a scalar.
     The example: (0.75^2 + 0.5^2 + 0.5^2 + 0.75^2 + 0 + 1) / 6 = 0.4375. All three parts
