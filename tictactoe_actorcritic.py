@@ -67,8 +67,9 @@ Run it, and what you should see
             99.0      91.6         0         0      800           0.582    0.0114
     Each of the seeds 0 to 9 ends after 800 updates with an agent that cannot be beaten.
     Against random moves, each of the ten wins exactly 98.96 % of the games in which it
-    moves first and 91.64 % of the others. The most that a player can win without ever taking the risk
-    of a loss is 99.48 % and 91.64 % (tictactoe_eval.py computes these bounds).
+    moves first and 91.64 % of the others. The most that a player can win without ever
+    taking the risk of a loss is 99.48 % and 91.64 % (tictactoe_eval.py computes these
+    bounds).
 
 Try this (medians of seeds 0 to 2)
     | Change                   | What happens                                          |
@@ -187,8 +188,8 @@ HIDDEN_UNITS = 64
 # same seed gives the same weights, bit for bit.
 SEED = 0
 
-# The run makes at least NUM_UPDATES updates (turns of the loop in `train`). If the agent
-# can still be beaten then, the run goes on, to MAX_UPDATES at most.
+# The run makes at least NUM_UPDATES updates (turns of the loop in `train`). If the
+# agent can still be beaten then, the run goes on, to MAX_UPDATES at most.
 NUM_UPDATES = 800
 MAX_UPDATES = 1_600
 
@@ -284,13 +285,13 @@ def mask_illegal(logits: Tensor, action_mask: Tensor) -> Tensor:
 # would hardly ever see the positions after such mistakes, and not learn to punish them.
 #
 # WHY WITH A DIFFERENT PROBABILITY IN EACH GAME? So that the learner meets all kinds of
-# opponents. If the probability is near 0, the opponent plays as its policy says, and the
-# learner finds out which of its own moves lose. If it is near 1/2, the opponent
+# opponents. If the probability is near 0, the opponent plays as its policy says, and
+# the learner finds out which of its own moves lose. If it is near 1/2, the opponent
 # blunders in nearly every game, and the learner finds out how to win. (In a game as
-# small as this one, we measured no advantage over 1/4 in all games.)
-# With the probability 1 in every game, the opponent would be a random player, and the
-# best answer to a random player is to gamble: whoever takes the right risks moving
-# second wins 93.2 % of the games instead of 91.6 %, but a good player can punish them.
+# small as this one, we measured no advantage over 1/4 in all games.) With the
+# probability 1 in every game, the opponent would be a random player, and the best
+# answer to a random player is to gamble: whoever takes the right risks moving second
+# wins 93.2 % of the games instead of 91.6 %, but a good player can punish them.
 #
 # The example that goes through this lesson: N = 2 games of 5 and 7 steps, so T = 7. In
 # game 0 the learner moves first (it is X) and wins with 0, 1, 2. In game 1 it moves
@@ -421,11 +422,11 @@ def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
     `critic_loss` shows by how much.
 
     `returns` is (B,), `values` is (B,). The result is (B,); no gradient flows through
-    it. The example, its six moves in the order of the steps: the returns are 1, -1, 1, -1,
-    1, -1. If the values are 0.25, -0.5, 0.5, -0.25, 1, 0, then the advantages are 0.75,
-    -0.5, 0.5, -0.75, 0, -1. The winning move at step 4 gets nothing, because the critic
-    was sure of the win already. The blunder at step 5 gets the largest part of the
-    blame.
+    it. The example, its six moves in the order of the steps: the returns are 1, -1, 1,
+    -1, 1, -1. If the values are 0.25, -0.5, 0.5, -0.25, 1, 0, then the advantages are
+    0.75, -0.5, 0.5, -0.75, 0, -1. The winning move at step 4 gets nothing, because the
+    critic was sure of the win already. The blunder at step 5 gets the largest part of
+    the blame.
     """
     return returns - values.detach()
 
