@@ -40,8 +40,10 @@ Symbols
     r_t         rewards       (T, N)     1 for each step, 0 in the padding
     gamma       GAMMA                    the *discount*, 0.99
     G_t         returns       (T, N)     r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
-    A_t         advantages    (B,)       G_t minus the mean of the B returns
-    pi(a|s)     policy                   the probability of action a in state s
+    A_t         advantages    (B,)       G_t minus the mean of the B returns (here, t
+                                         counts the real steps of all N episodes)
+    pi(a|s)     policy                   the network: softmax of its outputs gives the
+                                         probability of each action a in state s
     ln pi(a|s)  log_probs     (B,)       log-probability of the action that was taken
     s is called the *state* in books. Here the agent observes all of it, so that state
     and observation are the same.
@@ -130,10 +132,10 @@ from torch.distributions import Categorical
 
 ENV_ID = "CartPole-v1"
 
-# Episodes that are played before each gradient step. The gradient is a mean over them,
-# and the noise in it falls as 1 / sqrt(episodes): four times as many episodes halve the
-# noise, but the same number of episodes makes only a quarter of the updates. If there
-# are too few, most of the gradient is noise, and a smaller LEARNING_RATE is needed.
+# Episodes that are played before each gradient step. The gradient is a mean over them.
+# With four times as many, the noise in it is halved, but a run of a given number of
+# episodes has only a quarter as many updates. If there are too few, most of the
+# gradient is noise, and a smaller LEARNING_RATE is needed.
 EPISODES_PER_UPDATE = 16
 
 # Step size of Adam. If it is too small, learning is slow. If it is too large, the
@@ -164,8 +166,8 @@ MAX_EPISODES = 4_000
 # 100, a policy that falls once in 200 episodes would mostly pass; more take longer.
 CHECK_EPISODES = 1_000
 
-# Held-out episodes, and the seed of their random starts (those of the check have the
-# seed one below). With few episodes the final score is less exact.
+# Held-out episodes, and the seed of their random starts (the CHECK_EPISODES begin from
+# HELD_OUT_SEED - 1). With few episodes the final score is less exact.
 HELD_OUT_EPISODES = 100
 HELD_OUT_SEED = 1_000_000
 
@@ -285,9 +287,9 @@ def play_episodes(
 #     P(episode) = p(s_0) pi(a_0|s_0) p(s_1|s_0,a_0) pi(a_1|s_1) p(s_2|s_1,a_1) ...
 #
 # where p(s_0) is the probability of the start, and p(s_{t+1}|s_t,a_t) the probability
-# that the environment answers the action a_t with the state s_{t+1}. The logarithm
-# turns the product into a sum. The terms ln p do not depend on the weights, so their
-# gradients are 0, and what is left is
+# that the environment (the cart and the pole) answers the action a_t with the state
+# s_{t+1}. The logarithm turns the product into a sum. The terms ln p do not depend on
+# the weights, so their gradients are 0, and what is left is
 #
 #     grad ln P(episode) = sum_t grad ln pi(a_t|s_t).
 #
@@ -301,10 +303,11 @@ def play_episodes(
 # E[ ] is the mean over the episodes that the policy plays. A batch of N episodes gives
 # an estimate of it.
 #
-# A BASELINE is a number b, which may be another one for each step, that is subtracted
-# from R in term t of (1), and that is already known when the action a_t is sampled. It
-# does not change grad J: in the mean over the actions that may be taken in s_t, what is
-# subtracted is
+# A BASELINE is a number b that is subtracted from R in term t of (1). It may differ
+# from step to step, but it must be known before a_t is sampled. Then it does not change
+# grad J. To see this, hold everything that happened before a_t fixed. Now b is the same
+# number whichever action is sampled, so it can be moved in front of the sum, and in the
+# mean over the actions, what is subtracted is
 #
 #     sum_a pi(a|s_t) [ b grad ln pi(a|s_t) ] = b sum_a grad pi(a|s_t) = b grad 1 = 0,
 #
@@ -316,12 +319,13 @@ def play_episodes(
 #
 #     grad J = E[ sum_t G_t grad ln pi(a_t|s_t) ]                                    (2)
 #
-# Secondly, we subtract the mean of all returns of the batch. This leaves grad J as it
-# is, but makes the estimate less noisy. Suppose that all returns are near 100. Then
-# without a baseline, every action that was taken is pushed up with a force of about
-# 100, whether it was good or bad, and only in the mean over many episodes do these
-# pushes cancel. With b = 100, the good actions are pushed up a little, and the bad ones
-# down.
+# Secondly, we subtract the mean of all returns of the batch. It is known only when the
+# batch has been played, so it is not quite a baseline; `subtract_mean` says why the
+# error is small. It makes the estimate much less noisy. Suppose that all returns are
+# near 100. Then without a baseline, every action that was taken is pushed up with a
+# force of about 100, whether it was good or bad, and only in the mean over many
+# episodes do these pushes cancel. With b = 100, the good actions are pushed up a
+# little, and the bad ones down.
 #
 # In the code, G_t is discounted. That is no longer exactly (2), but it is less noisy:
 # see GAMMA and `reinforce_loss`.
@@ -334,18 +338,23 @@ def play_episodes(
 def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
     """Returns: how much reward followed each step, with later rewards counting less.
 
-    G_t = r_t + gamma * G_{t+1},   and 0 after the last step
+    G_t = r_t + gamma * G_{t+1},   with G = 0 after the last step
 
     Sutton & Barto, eq. (3.9); their R_{t+1} is our r_t.
 
     How can a reward that is always 1 teach anything? By when it stops. In CartPole, G_t
-    says only how long the pole stayed up after step t. In the last steps before a fall
-    it is small, and the actions of these steps are the ones that have to change.
-    Step 500 makes an error: the pole would have stayed up, but no reward is counted any
-    more, so that the last 100 steps or so of a perfect episode look as bad as the steps
-    before a fall. Whichever action is taken there, it is pushed down alike, and by the
-    argument on baselines such pushes cancel in the mean. So this mostly adds noise.
-    Lesson 3 adds an estimate of the rewards that the limit has cut off.
+    says only how long the pole stayed up after step t. A single return proves little:
+    an early step of a long episode has a large one even if its push was bad. But over
+    many episodes, in similar states, the better push is followed by larger returns than
+    the worse one. What their returns have in common cancels, as a baseline does, and
+    the difference is what is learned.
+
+    The limit of 500 steps makes an error: the pole would have stayed up, but no reward
+    is counted any more, so that the last 100 steps or so of a perfect episode look as
+    bad as the steps before a fall. But there the return depends on the number of the
+    step alone, and not on the action. So it acts like a baseline: its pushes cancel in
+    the mean, and mostly add noise. Lesson 3 adds an estimate of the rewards that the
+    limit has cut off.
 
     `rewards` is (T,) or (T, N) float32, with one column per episode, padded with zeros.
     Returns a tensor of the same shape.
@@ -367,8 +376,7 @@ def subtract_mean(returns: Tensor) -> Tensor:
     A_t = G_t - mean(G)
 
     The mean is the baseline b. With it, a step after which the pole stayed up for long
-    has a positive advantage, and the last steps before a fall have negative ones: their
-    actions become less likely.
+    has a positive advantage, and the last steps before a fall have negative ones.
 
     The mean of the batch is not quite a baseline in the sense above, because G_t itself
     is one of the numbers that are averaged. The error in the expected gradient falls as
@@ -391,14 +399,15 @@ def subtract_mean(returns: Tensor) -> Tensor:
 
 
 def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
-    """The loss whose gradient is minus estimate (2), with discount and baseline.
+    """The loss whose gradient is minus our estimate of (2), up to a factor.
 
     loss = -mean_t( A_t * ln pi(a_t|s_t) ),   mean_t over the B steps of the batch
 
-    Sutton & Barto, eq. (13.11), for gamma = 1: theta <- theta + alpha (G_t - b) grad ln
-    pi(a_t|s_t), where theta are the weights and alpha is the learning rate. The minus
-    is there because PyTorch's optimizers go downhill, and we want to go uphill. A_t was
-    computed from rewards, so it is a plain number, through which no gradient flows.
+    The minus is there because PyTorch's optimizers go downhill, and we want to go
+    uphill. A_t was computed from rewards, so it is a plain number, through which no
+    gradient flows. Sutton & Barto have this step, for gamma = 1, as eq. (13.11):
+        theta <- theta + alpha (G_t - b) grad ln pi(a_t|s_t)
+    where theta are the weights and alpha is the learning rate.
 
     Equation (2) has a sum over the steps of an episode, and a mean over episodes. The
     loss has the mean over all steps of the batch, which is the same but for a factor,
@@ -406,7 +415,8 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     does not depend on the scale of the gradient.
 
     The value of this loss says nothing about how well the policy plays. The advantages
-    have the mean 0, so the loss jumps around 0. Only its gradient counts.
+    have the mean 0, and ln pi differs little from step to step, so the loss jumps
+    around 0. Only its gradient counts.
 
     The book's box in section 13.4 has a factor gamma^t before A_t. It is right if J is
     the discounted return from the start of the episode: seen from there, whatever
@@ -465,8 +475,8 @@ def train(
         optimizer.step()
 
         # 5. Repeat, with new episodes. The old ones were played by another policy now,
-        #    and the mean in (2) is one over episodes of the present policy. So each
-        #    batch serves for a single gradient step. (Lesson 3 takes several.)
+        #    but E[ ] in (2) is a mean over episodes that the present policy plays. So
+        #    each batch serves for a single gradient step. (Lesson 3 takes several.)
         yield rewards.sum(0), distribution, loss
 
 
