@@ -1,10 +1,11 @@
-"""Lesson 4: GRPO, fine-tuning a language model on the scores of a reward model.
+"""Lesson 4: GRPO (group relative policy optimization), fine-tuning a language model.
 
 What you will learn
     The last step of RLHF (reinforcement learning from human feedback): how a language
     model that was trained to predict text learns to write what a second model, the
-    reward model, scores highly. DeepSeek-R1 was trained with the same algorithm; there,
-    a program that checks the answer took the place of the reward model.
+    reward model, scores highly. DeepSeek-R1 was trained with the same algorithm; for
+    its reasoning tasks, a program that checks the answer took the place of the reward
+    model.
 
 The algorithm in 5 steps
     A pretrained language model is the policy: after any text it gives each token (a
@@ -17,8 +18,13 @@ The algorithm in 5 steps
        second network for this comparison, the critic. GRPO needs none.)
     4. Write the loss whose gradient makes the tokens of better responses more likely
        and those of worse responses less likely.
-    5. Take a gradient step. (INNER_STEPS times 4 and 5, on the same responses.) Go back
-       to 1.
+    5. Take a gradient step, and go back to 1.
+
+    Two settings add to this, and by default neither acts. With INNER_STEPS above 1,
+    steps 4 and 5 are repeated with the same responses. The policy is then no longer the
+    one that wrote them. A ratio of probabilities, rho, corrects for this, and a clip
+    pushes a token no further once its rho has moved away from 1 by CLIP_EPS. With
+    KL_COEF above 0, a penalty holds the policy near the model that it was at the start.
 
 Symbols (G responses, L tokens in the longest response, P in the prompt)
     q           prompt_ids      (G, P)  the prompt, repeated for each response
@@ -32,14 +38,15 @@ Symbols (G responses, L tokens in the longest response, P in the prompt)
     ln pi_ref   ref_log_probs   (G, L)  ... by the reference policy, a frozen copy of
                                         the policy before training
     rho_it      ratio           (G, L)  pi / pi_old: how much more likely a token became
-    eps         CLIP_EPS                how far rho may move away from 1 before a token
-                                        is pushed no further
-    beta        KL_COEF                 the weight of the Kullback-Leibler (KL)
-                                        divergence, a distance of pi from pi_ref
+    eps         CLIP_EPS                the bound of the clip
+    beta        KL_COEF                 the weight of the penalty, the Kullback-Leibler
+                                        (KL) divergence of pi from pi_ref
 
 One group goes through all the equations below
     The vocabulary has three tokens: 0 is the end-of-sequence token, 1 is "yes" and 2 is
-    "no". The policy may write three tokens. The prompt is "Is exercise healthy?".
+    "no". A response is cut off after three tokens (as the fourth one is here); what
+    follows its end is padding, which has the number 0 as well. The prompt is "Is
+    exercise healthy?".
       i  response       completion_ids  mask       reward  advantage
       1  yes <end>         [1, 0, 0]    [1, 1, 0]     2        1.5
       2  no <end>          [2, 0, 0]    [1, 1, 0]     0       -0.5
@@ -53,9 +60,9 @@ Run it, and what you should see (the manual is in README.md)
     python grpo_training.py
     This downloads 2.3 GB of models from the Hugging Face Hub. After that, a step takes
     about 17 seconds on one core of a CPU, so that 50 steps take a quarter of an hour.
-    The two small models in grpo_tiny/ need no download and half a minute: uncomment the
-    line below REWARD_MODEL_NAME to train them. (They are also used when the Hub cannot
-    be reached.) With them, the seed 0 prints, among other lines:
+    The two small models in grpo_tiny/ need no download, and take half a minute:
+    uncomment the line below REWARD_MODEL_NAME to train them. (They are also used when
+    the Hub cannot be reached.) With them, the seed 0 prints, among other lines:
     step  reward   std    best   loss     KL entropy clipped length cut off gradient
        0   -1.35  1.77   +2.98 +0.000  0.000    1.00    0.0%   61.4     88%     2.86
       49   -0.09  2.09   +2.95 +0.000  0.000    1.04    0.0%   52.6     50%     2.94
@@ -130,7 +137,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ------------------------------------------------------------------------------------
-# Settings
+# Settings (on a first reading, go on with step 1 and come back)
 # ------------------------------------------------------------------------------------
 
 # Where it runs: a CUDA GPU or the GPU of a Mac (mps) if there is one, else the CPU.
@@ -191,12 +198,13 @@ TEMPERATURE = 1.0
 # sampled. With 1.0, all are, and odd words appear. The loss uses the probabilities of
 # all tokens, so below 1.0 its gradient is slightly biased.
 TOP_P = 0.95
-# eps: as soon as a token's rho has moved by this much in the direction in which its
-# advantage pushes it, it is pushed no further. If it is too small, later inner steps do
-# nothing; if too large, nothing holds them back.
+# eps: a token whose rho is above 1 + eps (if its advantage is positive) or below 1 -
+# eps (if it is negative) is pushed no further. If eps is too small, later inner steps
+# do nothing; if it is too large, nothing holds them back.
 CLIP_EPS = 0.2
 # Gradient steps per training step. With 1, rho is always 1 and the clip never acts.
-# More learn faster, but sooner exploit the flaws of the reward model.
+# With more, the policy learns faster, but it also finds the flaws of the reward model
+# sooner.
 INNER_STEPS = 1
 # beta, the weight of the pull towards the reference policy. Above 0, the policy learns
 # more slowly and a second copy of it takes memory.
@@ -204,8 +212,10 @@ KL_COEF = 0.0
 # Whether the advantages are divided by the standard deviation of the group's rewards.
 # If not, a group whose rewards are nearly equal has a smaller gradient.
 SCALE_BY_STD = True
-# A gradient whose norm is larger is scaled down to this norm. If it is large, one odd
-# group may throw the policy off; if small, all steps have the same length.
+# A gradient whose norm is larger is scaled down to this norm, which with 1.0 happens in
+# nearly all steps of the small models. If it is large, one odd group may throw the
+# policy off; if it is small, nearly all groups count the same, however clear their
+# comparison is.
 MAX_GRAD_NORM = 1.0
 
 # LoRA (needs a higher LR, such as 3e-4): train two thin matrices of this rank beside
@@ -253,7 +263,9 @@ def completion_mask(completion_ids: Tensor, end_ids: Tensor) -> Tensor:
 def generate_group(
     policy: nn.Module, tokenizer: Tokenizer, prompt: str, samples: int
 ) -> dict:
-    """Sample responses to a prompt, each token from pi, until all have ended.
+    """Sample responses to a prompt, token by token from pi (cut to TOP_P).
+
+    It ends when all responses have ended, or have MAX_NEW_TOKENS tokens.
 
     Gives a dict with the `responses` as texts, and `prompt_ids` (G, P),
     `completion_ids` (G, L) and `mask` (G, L), int64, where G is `samples`.
@@ -261,8 +273,8 @@ def generate_group(
     model = extract_model_from_parallel(policy)  # several processes wrap it
     prompt_ids = encode_prompt(tokenizer, prompt).to(model.device)  # (1, P)
     # A checkpoint may bring settings of its own for generate(), such as a top_k. They
-    # would change the probabilities, so load_policy keeps its end-of-sequence tokens
-    # only.
+    # would change the probabilities, so load_policy has dropped all of them but the
+    # end-of-sequence tokens.
     ends = model.generation_config.eos_token_id
     sampling = GenerationConfig(
         do_sample=True,
@@ -349,9 +361,9 @@ def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
     does not depend on response i, so it is a baseline; the first makes the mean
     gradient 1 - 1/G times as long, and leaves its direction. (RLOO, arXiv 2402.14740,
     subtracts the mean of the other responses, which is exactly a baseline. The std
-    depends on r_i, too, so with it this factor is only approximate.)
+    contains r_i, too, so once we divide by it, the factor is no longer exact.)
 
-    If all rewards are equal, rounding can leave advantages of 3e-8 instead of 0. AdamW
+    If all rewards are equal, rounding can leave advantages of 3e-4 instead of 0. AdamW
     divides a gradient by its recent size, so even these could move the weights by LR.
     Therefore they are set to exactly 0.
 
@@ -406,25 +418,29 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
 
     k3 = pi_ref/pi - ln(pi_ref/pi) - 1
 
+    Why one wants to know: a reward model can be trusted only on texts like those that
+    it was trained on. Far from the pretrained model, the policy finds texts that score
+    highly and are bad. As a penalty in the loss, k3 makes moving away cost something.
+
     DeepSeekMath, eq. (4); k3 is J. Schulman's name. It is never negative, as ln x is at
     most x - 1, and 0 where both agree.
 
     Its mean over tokens sampled from pi is the KL divergence
         KL(pi || pi_ref) = sum_v pi(v) ln(pi(v) / pi_ref(v)).
-    For the mean of the middle term is just this sum; the mean of the first term is
-    sum_v pi(v) pi_ref(v)/pi(v) = sum_v pi_ref(v) = 1, and the last term, -1, cancels
-    it. The first and the last term only make the estimate less noisy.
+    For the mean of the middle term, -ln(pi_ref/pi), is just this sum; the mean of the
+    first term is sum_v pi(v) pi_ref(v)/pi(v) = sum_v pi_ref(v) = 1, and the last term,
+    -1, cancels it. The first and the last term only make the estimate less noisy.
 
-    As a part of the loss, k3 pulls pi towards pi_ref: its gradient is
-    (1 - pi_ref/pi) grad ln pi, so that a step downhill makes a token more likely where
-    pi is below pi_ref, and less likely where it is above. (The mean of this gradient is
-    that of KL(pi_ref || pi), with the roles swapped, since nothing flows through the
-    sampling of the token. The paper does the same.)
+    The gradient of k3 is (1 - pi_ref/pi) grad ln pi, so a step downhill makes a token
+    more likely where pi is below pi_ref, and less likely where it is above. (On average
+    this is the gradient of KL(pi_ref || pi), with the roles swapped, because autograd
+    does not see that the tokens were sampled from pi.)
 
     Both (G, L); gives (G, L).
     By hand: "yes" has pi 0.6 and pi_ref 0.4 -> 2/3 - ln(2/3) - 1 = 0.0721; "no" has 0.2
-    and 0.4 -> 2 - ln 2 - 1 = 0.3069. The mean over the three tokens is
-    0.2 * 0 + 0.6 * 0.0721 + 0.2 * 0.3069 = 0.1046, which is the KL divergence.
+    and 0.4 -> 2 - ln 2 - 1 = 0.3069; the end-of-sequence token has 0.2 and 0.2 -> 0.
+    Their mean, weighted with pi, is 0.2 * 0 + 0.6 * 0.0721 + 0.2 * 0.3069 = 0.1046,
+    which is the KL divergence.
     """
     log_ratio = ref_log_probs - log_probs
     return log_ratio.exp() - log_ratio - 1
@@ -448,12 +464,17 @@ def grpo_loss(
     DeepSeekMath, eq. (3).
 
     The ratio. The responses were sampled from pi_old, which differs from pi from the
-    second gradient step on; rho corrects for that: the mean over texts from pi_old,
-    weighted with rho, is sum_o pi_old(o) pi(o)/pi_old(o) A = sum_o pi(o) A, the mean
-    over texts from pi. (Token by token, this is approximate.) pi_old is a constant, so
-    grad rho = rho grad ln pi. In the first gradient step rho is 1: the value of the
-    loss is then -mean(A) = 0 (plus beta k3), and so says nothing; but its gradient is
-    that of -mean_i( A_i mean_t ln pi ), the policy gradient of step 3.
+    second inner step on. The exact correction is to weight each text with
+    pi(o)/pi_old(o), the product of the rho of its tokens: the mean over texts from
+    pi_old is then sum_o pi_old(o) pi(o)/pi_old(o) A(o) = sum_o pi(o) A(o), the mean
+    over texts from pi. But a product of many ratios is very noisy. GRPO, like PPO,
+    weights each token with its own rho only. This is exact where every rho is 1, and
+    nearly so while they are near 1.
+
+    In the first inner step every rho is 1. So the value of the loss is -mean(A) = 0
+    (plus beta k3), and says nothing. But as pi_old is a constant, grad rho is
+    rho grad ln pi, and the gradient is that of -mean_i( A_i mean_t ln pi ): the policy
+    gradient of step 3, with a mean over the tokens in place of their sum (see below).
 
     The min and the clip. A group says little about a policy that is far from the one
     that wrote it, so several steps on it must not carry the policy far. A token is
@@ -465,10 +486,11 @@ def grpo_loss(
         < 0  below 1 - eps    clipped     0: it is already unlikely enough
         < 0  above 1 - eps    rho A       makes the token less likely
 
-    The mean over the tokens of a response, before that over responses, does not follow
+    The mean over the tokens of a response divides by its length, which does not follow
     from the policy gradient. It lets each token of a long response count less.
     Therefore long wrong answers are punished less per token than short ones, and become
-    longer. Dr. GRPO (arXiv 2503.20783) drops this division and the one by the std.
+    longer. Dr. GRPO (arXiv 2503.20783) drops the division by the length, and that by
+    the std.
 
     The KL penalty stands in the loss. PPO for language models puts it into the rewards
     instead (DeepSeekMath, eq. 2).
@@ -485,7 +507,7 @@ def grpo_loss(
     was 0. Each first token has been pushed far enough and has no gradient now.
     """
     # masked_fill, since multiplying an infinity by a mask of 0 gives nan. It is done
-    # twice: what the padding holds may reach neither the gradient nor the value.
+    # twice, to keep what the padding holds out of the gradient and out of the value.
     padding = mask == 0
     log_probs = log_probs.masked_fill(padding, 0.0)
     ratio = (log_probs - old_log_probs).exp()  # has a gradient even where it is 1
@@ -527,9 +549,9 @@ def train(policy, tokenizer, reference, reward, optimizer, first_step=0) -> Iter
         for _ in range(INNER_STEPS):
             for batch in batches:
                 # 4. The loss. The policy is in eval mode, without dropout: it must be
-                # the one that sampled. In a random gpt2, dropout changes half of the
-                # tokens' probabilities by more than 20 % (the bounds of the clip), and
-                # single ones by a factor of 3.
+                # the one that sampled. In a gpt2 of random weights, dropout changes
+                # half of the tokens' probabilities by more than 20 % (the bounds of the
+                # clip), and single ones by a factor of 3.
                 log_probs = batch_log_probs(policy, batch)
                 # In the first inner step, pi is still the pi_old that sampled, and its
                 # log-probabilities are kept for the later ones.
@@ -540,10 +562,10 @@ def train(policy, tokenizer, reference, reward, optimizer, first_step=0) -> Iter
                     log_probs, old, ref, advantages, mask, CLIP_EPS, KL_COEF
                 )
                 # backward() adds to the gradients of the batches before. Weighted with
-                # its share in all responses, each loss adds up to their mean.
+                # their shares, the losses add up to the mean over all responses.
                 (batch["share"] * loss).backward()
                 batch |= {"log_probs": log_probs.detach(), "loss": loss.detach()}
-            # 5. A gradient step.
+            # 5. A gradient step, with a gradient of norm MAX_GRAD_NORM at most.
             gradient_norm = clip_gradient(policy)
             optimizer.step()
             optimizer.zero_grad()
