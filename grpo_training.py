@@ -16,15 +16,16 @@ The algorithm in 5 steps
     3. Compare within the group: the advantage of a response says how many standard
        deviations its reward is above the mean of the group. (PPO, lesson 3, trains a
        second network for this comparison, the critic. GRPO needs none.)
-    4. Write the loss whose gradient makes the tokens of better responses more likely
-       and those of worse responses less likely.
+    4. Compute a loss. A step that lowers it makes the tokens of better responses more
+       likely, and those of worse responses less likely.
     5. Take a gradient step, and go back to 1.
 
     Two settings add to this, and by default neither acts. With INNER_STEPS above 1,
     steps 4 and 5 are repeated with the same responses. The policy is then no longer the
     one that wrote them. A ratio of probabilities, rho, corrects for this, and a clip
-    pushes a token no further once its rho has moved away from 1 by CLIP_EPS. With
-    KL_COEF above 0, a penalty holds the policy near the model that it was at the start.
+    stops the push on a token once its rho has moved by CLIP_EPS in the direction of the
+    push. With KL_COEF above 0, a penalty holds the policy near the model that it was at
+    the start.
 
 Symbols (G responses, L tokens in the longest response, P in the prompt)
     q           prompt_ids      (G, P)  the prompt, repeated for each response
@@ -70,9 +71,9 @@ Run it, and what you should see (the manual is in README.md)
     32 fresh responses after training: mean reward +0.287 (std 1.934)
     A row shows the mean, the std and the best of the step's rewards; the loss; how far
     the policy is from the reference (KL; 0 if KL_COEF is 0, as it is not measured); how
-    undecided it is (entropy, in nats per token); which share of the tokens the clip
-    holds; how long the responses are, in tokens; how many of them were cut off at
-    MAX_NEW_TOKENS; and the norm of the gradient.
+    undecided it is (entropy, in nats per token); for which share of the tokens the
+    clip has stopped the push; how long the responses are, in tokens; how many of them
+    were cut off at MAX_NEW_TOKENS; and the norm of the gradient.
 
 Try this (with the small models, seeds 0 to 2; the median gain in reward is 1.6)
     Edit              Gain
@@ -265,7 +266,7 @@ def generate_group(
 ) -> dict:
     """Sample responses to a prompt, token by token from pi (cut to TOP_P).
 
-    It ends when all responses have ended, or have MAX_NEW_TOKENS tokens.
+    Sampling ends when all responses have ended, or have MAX_NEW_TOKENS tokens.
 
     Gives a dict with the `responses` as texts, and `prompt_ids` (G, P),
     `completion_ids` (G, L) and `mask` (G, L), int64, where G is `samples`.
@@ -308,7 +309,8 @@ def score_responses(reward: Callable, prompt: str, responses: list[str]) -> Tens
     `reward` is a RewardModel or your REWARD_FUNCTION. A reward model is a language
     model whose last layer gives one number instead of logits. Before this lesson it was
     trained on pairs of responses to a prompt, of which people preferred one, with the
-    loss -ln sigmoid(score of the preferred one - score of the other). (grpo_tiny/reward
+    loss -ln sigmoid(score of the preferred one - score of the other), which is small if
+    the preferred one scores much higher. (grpo_tiny/reward
     was trained on pairs that were made by rules.) Here it does not change any more.
     By hand: a function that gives 2 for "yes" and else 0 -> [2, 0, 0, 0].
     """
@@ -325,17 +327,20 @@ def score_responses(reward: Callable, prompt: str, responses: list[str]) -> Tens
 
 # Why responses that scored well are made more likely.
 #
-# The policy writes the text o with probability pi(o). Its mean reward is
+# pi(o) is here the probability with which the policy writes the whole text o after the
+# prompt: the product of the probabilities of its tokens. The mean reward is
 #     sum_o pi(o) r(o),  over all possible texts o.
+# Below, grad is the gradient with respect to the policy's weights.
 # The rewards do not depend on the weights, and grad pi = pi grad ln pi (the derivative
 # of ln x is 1 / x). So the gradient of the mean reward is
 #     sum_o r(o) grad pi(o) = sum_o pi(o) r(o) grad ln pi(o),
 # the mean of r(o) grad ln pi(o) over texts that are sampled from pi: the *policy
-# gradient* (grad is with respect to the policy's weights). A group of samples estimates
-# it. As pi(o) is the product of the probabilities of the tokens, ln pi(o) is the sum of
-# their log-probabilities. (This is REINFORCE, as in lesson 1.) The simplest loss is
-# thus -mean_i( r_i ln pi(o_i) ). What follows changes r_i into an advantage, and step 4
-# adds a ratio with a clip, a mean over tokens and a KL penalty.
+# gradient*. A group of samples estimates it. As pi(o) is a product, ln pi(o) is the sum
+# of the log-probabilities of the tokens. So all tokens of a text get the same factor
+# r(o), whether each of them was a good choice or not; only many samples tell them
+# apart. (This is REINFORCE, as in lesson 1.) The simplest loss is thus
+# -mean_i( r_i ln pi(o_i) ). What follows changes r_i into an advantage, and step 4 adds
+# a ratio with a clip, a mean over tokens and a KL penalty.
 #
 # Why the mean of the group may be subtracted.
 #
@@ -344,7 +349,9 @@ def score_responses(reward: Callable, prompt: str, responses: list[str]) -> Tens
 #     -b sum_o pi(o) grad ln pi(o) = -b grad sum_o pi(o) = -b grad 1 = 0.
 # So b, the baseline, changes the gradient of one group, but not the mean of many. If b
 # is near the mean reward, it makes the gradient less noisy. Without a baseline, rewards
-# that are all around 100 would make all responses more likely, good and bad ones.
+# that are all around 100 would make all responses of the group more likely, good and
+# bad ones, at the cost of all texts that just were not sampled. Over many groups this
+# cancels; in a single one it is noise.
 
 
 def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
@@ -354,7 +361,8 @@ def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
 
     DeepSeekMath, section 4.1.2; the 1e-4, against a division by 0, is ours.
     The division makes the step independent of the scale of the rewards; nothing in the
-    derivation above asks for it. `scale_by_std=False` leaves it out.
+    derivation above asks for it. Its price: a group whose rewards are nearly equal
+    counts as much as any other. `scale_by_std=False` leaves it out.
 
     The mean of the group is not quite such a number b, since it contains r_i itself:
     r_i - mean(r) = (1 - 1/G) r_i - (the sum of the other rewards) / G. The second part
@@ -363,7 +371,7 @@ def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
     subtracts the mean of the other responses, which is exactly a baseline. The std
     contains r_i, too, so once we divide by it, the factor is no longer exact.)
 
-    If all rewards are equal, rounding can leave advantages of 3e-4 instead of 0. AdamW
+    If all rewards are equal, rounding can leave advantages that are not quite 0. AdamW
     divides a gradient by its recent size, so even these could move the weights by LR.
     Therefore they are set to exactly 0.
 
@@ -395,8 +403,9 @@ def completion_log_probs(
     token are about the next one, so z_t is read one place before o_t:
         input    q_1  q_2  q_3  o_1  o_2
         output             z_1  z_2  z_3
-    o_L need not be read at all. An output depends on earlier tokens only, so padding on
-    the right changes nothing before it. PyTorch knows minus this as the cross-entropy.
+    o_L need not be read at all. An output depends on the token at its place and on
+    those before it, so padding on the right changes nothing. Minus this log-probability
+    is what PyTorch calls the cross-entropy.
 
     `prompt_ids` (G, P) and `completion_ids` (G, L) int64; gives (G, L) float32.
     By hand: for the first token, the logits [0, ln 3, 0] give the probabilities
@@ -418,23 +427,25 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
 
     k3 = pi_ref/pi - ln(pi_ref/pi) - 1
 
+    This is not used while KL_COEF is 0; on a first reading, go on with grpo_loss.
+
     Why one wants to know: a reward model can be trusted only on texts like those that
     it was trained on. Far from the pretrained model, the policy finds texts that score
     highly and are bad. As a penalty in the loss, k3 makes moving away cost something.
 
-    DeepSeekMath, eq. (4); k3 is J. Schulman's name. It is never negative, as ln x is at
-    most x - 1, and 0 where both agree.
-
-    Its mean over tokens sampled from pi is the KL divergence
+    The usual measure is the KL divergence, the mean of ln(pi/pi_ref) over tokens that
+    are sampled from pi:
         KL(pi || pi_ref) = sum_v pi(v) ln(pi(v) / pi_ref(v)).
-    For the mean of the middle term, -ln(pi_ref/pi), is just this sum; the mean of the
-    first term is sum_v pi(v) pi_ref(v)/pi(v) = sum_v pi_ref(v) = 1, and the last term,
-    -1, cancels it. The first and the last term only make the estimate less noisy.
+    One sampled token estimates it by ln(pi/pi_ref) = -ln(pi_ref/pi), which is noisy and
+    may be negative. k3 adds pi_ref/pi - 1 to this. The mean of what is added is
+    sum_v pi(v) pi_ref(v)/pi(v) - 1 = sum_v pi_ref(v) - 1 = 0, so the mean of k3 is
+    still the KL divergence. And k3 is never negative, as ln x is at most x - 1; it is 0
+    where both agree. (DeepSeekMath, eq. (4); k3 is J. Schulman's name.)
 
     The gradient of k3 is (1 - pi_ref/pi) grad ln pi, so a step downhill makes a token
-    more likely where pi is below pi_ref, and less likely where it is above. (On average
-    this is the gradient of KL(pi_ref || pi), with the roles swapped, because autograd
-    does not see that the tokens were sampled from pi.)
+    more likely where pi is below pi_ref, and less likely where it is above. (Its mean
+    over tokens from pi is -sum_v pi_ref(v) grad ln pi(v), which is the gradient of
+    KL(pi_ref || pi), with the roles swapped.)
 
     Both (G, L); gives (G, L).
     By hand: "yes" has pi 0.6 and pi_ref 0.4 -> 2/3 - ln(2/3) - 1 = 0.0721; "no" has 0.2
@@ -463,23 +474,26 @@ def grpo_loss(
 
     DeepSeekMath, eq. (3).
 
-    The ratio. The responses were sampled from pi_old, which differs from pi from the
-    second inner step on. The exact correction is to weight each text with
-    pi(o)/pi_old(o), the product of the rho of its tokens: the mean over texts from
+    The ratio. Where the simplest loss of step 3 has ln pi, this one has rho. As pi_old
+    is a constant, grad rho = rho grad ln pi. In the first inner step, pi is pi_old and
+    every rho is 1, so that both have the same gradient: that of
+    -mean_i( A_i mean_t ln pi ), the policy gradient of step 3 with a mean over the
+    tokens in place of their sum (see below). Only the value differs: it is
+    -mean(A) = 0 (plus beta k3), and says nothing.
+
+    From the second inner step on, pi differs from the pi_old that sampled the
+    responses, and rho corrects for this. The exact correction is to weight each text
+    with pi(o)/pi_old(o), the product of the rho of its tokens: the mean over texts from
     pi_old is then sum_o pi_old(o) pi(o)/pi_old(o) A(o) = sum_o pi(o) A(o), the mean
     over texts from pi. But a product of many ratios is very noisy. GRPO, like PPO,
-    weights each token with its own rho only. This is exact where every rho is 1, and
-    nearly so while they are near 1.
-
-    In the first inner step every rho is 1. So the value of the loss is -mean(A) = 0
-    (plus beta k3), and says nothing. But as pi_old is a constant, grad rho is
-    rho grad ln pi, and the gradient is that of -mean_i( A_i mean_t ln pi ): the policy
-    gradient of step 3, with a mean over the tokens in place of their sum (see below).
+    weights each token with its own rho only, which is nearly the same while they are
+    near 1.
 
     The min and the clip. A group says little about a policy that is far from the one
-    that wrote it, so several steps on it must not carry the policy far. A token is
-    pushed no further once rho has moved by eps in the direction of the push, and it can
-    always come back:
+    that wrote it, so several steps on it must not carry the policy far. clip(x, a, b)
+    is x, but a if x is below a, and b if x is above b. With it, a token is pushed no
+    further once rho has moved by eps in the direction of the push, and it can always
+    come back:
         A    rho              min takes   gradient
         > 0  above 1 + eps    clipped     0: it is already likely enough
         > 0  below 1 + eps    rho A       makes the token more likely
@@ -498,7 +512,7 @@ def grpo_loss(
     `log_probs`, `old_log_probs`, `ref_log_probs` (None without KL) and `mask` (G, L),
     `advantages` (G,); eps is `clip_eps`, beta is `kl_coef`. Gives a scalar.
     By hand, eps = 0.2 and beta = 0: for the first token, rho is 0.6 / 0.4 = 1.5 in
-    response 1, and 0.2 / 0.4 = 0.5 in the others; for all others it is 1.
+    response 1, and 0.2 / 0.4 = 0.5 in responses 2 to 4; for all later tokens it is 1.
         i     first token                            mean over its tokens
         1     min(1.5 * 1.5, 1.2 * 1.5) = 1.8        (1.8 + 1.5) / 2 = 1.65
         2     min(0.5 * -0.5, 0.8 * -0.5) = -0.4     (-0.4 - 0.5) / 2 = -0.45
@@ -507,7 +521,7 @@ def grpo_loss(
     was 0. Each first token has been pushed far enough and has no gradient now.
     """
     # masked_fill, since multiplying an infinity by a mask of 0 gives nan. It is done
-    # twice, to keep what the padding holds out of the gradient and out of the value.
+    # here so that the padding gets no gradient, and below so that it adds no value.
     padding = mask == 0
     log_probs = log_probs.masked_fill(padding, 0.0)
     ratio = (log_probs - old_log_probs).exp()  # has a gradient even where it is 1
@@ -548,10 +562,10 @@ def train(policy, tokenizer, reference, reward, optimizer, first_step=0) -> Iter
         batches = split_groups(groups)
         for _ in range(INNER_STEPS):
             for batch in batches:
-                # 4. The loss. The policy is in eval mode, without dropout: it must be
-                # the one that sampled. In a gpt2 of random weights, dropout changes
-                # half of the tokens' probabilities by more than 20 % (the bounds of the
-                # clip), and single ones by a factor of 3.
+                # 4. The loss, from completion_log_probs of the responses in this batch.
+                # The policy is in eval mode, since dropout would make it another policy
+                # than the one that sampled: in a gpt2 of random weights, it changes
+                # half of the tokens' probabilities by more than 20 %.
                 log_probs = batch_log_probs(policy, batch)
                 # In the first inner step, pi is still the pi_old that sampled, and its
                 # log-probabilities are kept for the later ones.
