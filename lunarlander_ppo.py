@@ -19,17 +19,18 @@ From REINFORCE to PPO
 
     1. Many gradient steps from one batch. PPO stores the probability that each action
        had when it was taken. The *ratio* of its probability now to the stored one
-       corrects the average for what the policy has become since. This is right only
-       while the policy has changed little. So PPO stops pushing an action as soon as
+       corrects the average for what the policy has become since. It corrects how often
+       each action is taken, but not which states are visited, so it is right only while
+       the policy has changed little. So PPO stops pushing an action as soon as
        its probability has moved by a fifth of itself, from 0.5 to 0.6 for example, in
        the direction of the push (the *clip*).
     2. Episodes may be cut. PPO does not wait for the end of an episode. It plays 256
        steps, and where that cuts an episode, a second network, the *critic*, predicts
        the rest of the return. The episode goes on in the next batch. The critic also
-       replaces the baseline of lesson 1: instead of with one average for all states,
-       each action is compared with V(s_t), what the critic expected in its state. A
-       baseline adds no bias to the gradient as long as it does not depend on the
-       action, and V(s_t) does not.
+       replaces the baseline of lesson 1: each action is no longer compared with one
+       average for all states, but with V(s_t), the return that the critic expected in
+       its state. A baseline adds no bias to the gradient as long as it does not depend
+       on the action, and V(s_t) does not.
 
 The algorithm in 5 steps
     1. Make two networks that know nothing: the actor gives a probability for each
@@ -120,7 +121,7 @@ Where this differs from the papers (PPO: arXiv 1707.06347, GAE: arXiv 1506.02438
     The networks are those of PPO's section 6.1, but with ReLU instead of tanh. Rewards
     are scaled, advantages are normalised, gradients are clipped, and the weights start
     orthogonal. What the parts contribute, as the mean score of greedy held-out episodes
-    after 400,000 steps, with seeds 0, 1 and 2:
+    after 400,000 steps, with seeds 0, 1 and 2 (each figure is rounded):
     all as it is                      261    (248, 262, 273)
     EPOCHS = 1                          0    (-22, -25, 46)
     ratio not clipped                 179    (153, 235, 148)
@@ -138,12 +139,11 @@ Where this differs from the papers (PPO: arXiv 1707.06347, GAE: arXiv 1506.02438
     when KL exceeds a limit; here the clip and the falling learning rate keep KL small.
     They limit the change of V with a clip as well; a large study on robot control
     (arXiv 2006.05990) found that this lowers the score. They normalise observations;
-    those of the lander are of size 1 already.
-    They let actor and critic share layers; that makes no clear difference here, and
-    then VALUE_WEIGHT matters. Like lesson 1, this script leaves out gamma^t: the
-    gradient of the return that is discounted from the start of the episode would weigh
-    step t by it, and late steps would hardly be learnt. (The last exponent in PPO's
-    equation (11), T-t+1, is a misprint for T-t-1.)
+    those of the lander are of size 1 already. They let actor and critic share layers;
+    that makes no clear difference here, and then VALUE_WEIGHT matters. Like lesson 1,
+    this script leaves out gamma^t: the gradient of the return that is discounted from
+    the start of the episode would weigh step t by it, and late steps would hardly be
+    learnt. (The last exponent in PPO's equation (11), T-t+1, is a misprint for T-t-1.)
 """
 
 if __name__ == "__main__":
@@ -223,33 +223,34 @@ FINAL_RATE = 0.0
 # Discount: a reward one step later counts this much less, so the agent looks about
 # 1 / (1 - 0.995) = 200 steps ahead, which is the length of a landing. With a larger
 # value the agent gains little by landing soon. With a smaller one it does not see the
-# landing from far away: less luck is in the advantages then (less variance), but they
+# landing from far away. The advantages then contain less luck (less variance), but they
 # measure something other than the score, which is not discounted (bias).
 GAMMA = 0.995
 
-# With a small value the errors of the critic mislead the actor (bias); near 1 the luck
-# of single episodes does (variance). See `gae`.
+# How much the surprises of later steps count in the advantage of a step: 0 not at all,
+# 1 fully. With a small value the errors of the critic mislead the actor (bias); near 1
+# the luck of single episodes does (variance). See `gae`.
 GAE_LAMBDA = 0.98
 
 # How far the ratio may move from 1 before an action is not pushed any further. If it is
 # too small, the policy learns slowly; if too large, the policy outruns its data.
 CLIP_EPS = 0.2
 
-# Weight of the entropy. Too little lets the policy settle before it has tried enough
-# ; with too much it never settles.
+# Weight of the entropy. With too little, the policy settles before it has tried enough;
+# with too much, it never settles.
 ENTROPY_BONUS = 0.003
 
 # Weight of the critic's loss. Actor and critic share no weights, and the size of Adam's
 # steps does not depend on the scale of the gradient, so this weight does not change how
-# fast the critic learns. It matters only for gradient clipping, which treats both
-# networks as one: with a large weight, the actor's gradient is shortened by a factor
-# that depends on the critic's error in that minibatch, and so changes from step to
-# step.
+# fast the critic learns. It matters only for MAX_GRAD_NORM, the next one, which treats
+# both networks as one: with a large weight, the actor's gradient is shortened by a
+# factor that depends on the critic's error in that minibatch.
 VALUE_WEIGHT = 0.5
 
-# The gradient is scaled down when its norm, over both networks, exceeds this. If it is
-# too small, every gradient is scaled, so that a weak signal counts as much as a strong
-# one; if it is too large, a single unusual minibatch can make a very long step.
+# The gradient is scaled down when its norm, over both networks, exceeds this (gradient
+# clipping, which is not the clip of the ratio). If it is too small, every gradient is
+# scaled, so that a weak signal counts as much as a strong one; if it is too large, a
+# single unusual minibatch can make a very long step.
 MAX_GRAD_NORM = 0.5
 
 # Rewards are multiplied by this, for learning only, so that returns are of size 1.
@@ -261,8 +262,8 @@ REWARD_SCALE = 0.01
 HIDDEN_UNITS = 64
 
 # NUM_ENVS * ROLLOUT_STEPS = 16 * 256 = 4,096: the rows of a batch. 4,096 / 512 = 8
-# minibatches times 4 epochs make
-# 32 gradient steps in an update, and there are 850,000 // 4,096 = 207 updates.
+# minibatches times 4 epochs make 32 gradient steps in an update, and there are
+# 850,000 // 4,096 = 207 updates.
 
 # The task
 ENV_ID = "LunarLander-v3"
@@ -283,8 +284,8 @@ CURVE_PATH = Path(__file__).with_name("lunarlander_learning_curve.png")
 def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
     """A linear layer with biases 0 and orthogonal weights times `gain`.
 
-    An orthogonal matrix does not change the length of a vector. So the signal, and the
-    gradient on its way back, neither grows nor shrinks from layer to layer.
+    A square orthogonal matrix does not change the length of a vector. So the signal,
+    and the gradient on its way back, neither grows nor shrinks from layer to layer.
     """
     layer = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, gain)
@@ -338,7 +339,8 @@ def log_probs_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tens
 # Step 2: play a rollout
 # ------------------------------------------------------------------------------------
 
-# The worked example of this lesson has T = 3 steps in N = 2 copies:
+# The worked example of this lesson has T = 3 steps in N = 2 copies, with 2 actions to
+# choose from (`collect` explains the two kinds of end):
 #
 #     copy 1   s_0 -> s_1 -> the time limit truncates the episode
 #              a new episode: s_2 -> the rollout ends here, the episode does not
@@ -354,7 +356,7 @@ def make_env(**options: str) -> gym.Env:
 
 
 def make_envs(copies: int) -> SyncVectorEnv:
-    """N copies of the environment; one call of `step` moves one after another.
+    """N copies of the environment; one call of `step` moves them all.
 
     Every copy resets itself when its episode ends (autoreset). In SAME_STEP mode this
     happens inside the same call of `step`, which then returns the first observation of
@@ -429,14 +431,16 @@ def gae(
     A_t     = delta_t + gamma * lam * (1 - ended_t) * A_{t+1}
 
     These are PPO's equations (12) and (11), computed backwards, with the ends of
-    episodes added.
+    episodes added. s_{t+1} is always the observation that step t itself led to, in the
+    code `next_observations`. Where an episode ended, that is its last observation, and
+    not the first one of the new episode, which stands in row t+1.
 
-    Before the step, the critic predicted the return V(s_t). After it, r_t + gamma *
-    V(s_{t+1}) is a better prediction of the same return, because one of its rewards is
-    real. Using V in place of the rewards still to come is called *bootstrapping*. The
-    difference of the two predictions, delta_t, is the surprise of this step, or *TD
-    error* (TD: temporal difference). It is positive if the step went better than the
-    critic had predicted.
+    Before the step, the critic predicted that the return would be V(s_t). After it, r_t
+    + gamma * V(s_{t+1}) is a better prediction of the same return, because one of its
+    rewards is real. Using V in place of the rewards still to come is called
+    *bootstrapping*. The difference of the two predictions, delta_t, is the surprise of
+    this step, or *TD error* (TD: temporal difference). It is positive if the step went
+    better than the critic had predicted.
 
     An action also has consequences later, so A_t adds up the surprises from t on. Two
     of them make
@@ -465,10 +469,9 @@ def gae(
     both places, V would learn that nothing follows the time limit. With `terminated`
     in both, the advantages of the next episode would leak into this one.
 
-    All tensors are (T, N), float32. `next_values[t]` is V of the observation that step
-    t led to; where an episode ended, this is its last observation and not the first of
-    the next episode. Returns the advantages (T, N). In the last row the sum has only
-    delta_t: the rest of the return is in V(s_{t+1}) already.
+    All tensors are (T, N), float32; `next_values` are the V(s_{t+1}). Returns the
+    advantages (T, N). In the last row the sum has only delta_t: the rest of the return
+    is in V(s_{t+1}) already.
 
     The worked example, with gamma = lam = 0.5. It is written copy by copy; in the
     tensors, time comes first.
@@ -499,17 +502,17 @@ def normalise(advantages: Tensor) -> Tensor:
     Subtracting the mean acts like the constant baseline of lesson 1: on average over
     many batches it hardly changes the gradient, and it removes noise. Where the critic
     predicts too little everywhere, for instance, all advantages are positive. Without
-    the subtraction every action taken would be pushed, whatever it was.
+    the subtraction every action taken would be made more likely, whatever it was.
 
     The division keeps the policy's gradient equally large throughout the training. The
-    standard deviation falls
-    from about 0.4 (a fresh agent) to 0.1 (the shipped one). Without the division the
-    gradient of the policy would shrink with it, and the entropy bonus, whose gradient
-    does not, would weigh four times as much as at the start.
+    standard deviation falls from about 0.4 (a fresh agent) to 0.1 (the shipped one).
+    Without the division the gradient of the policy would shrink with it, and the
+    entropy bonus, whose gradient does not, would weigh four times as much as at the
+    start.
 
     In the worked example the mean is 1 and the standard deviation 1.5:
     [2.5, 2, 1, 0.5, 2, -2]  ->  [1, 0.67, 0, -0.33, 0.67, -2]. The 0.5 becomes
-    negative: better than predicted, but less so than the rest of the batch.
+    negative: better than predicted, but less so than the batch on average.
     """
     return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-4)
 
@@ -524,12 +527,13 @@ def make_batch(agent: ActorCritic, rollout: dict[str, Tensor]) -> dict[str, Tens
     The returns V(s_t) + A_t are what the critic is trained to predict. A_t says how far
     the return was from V(s_t), so the sum is an estimate of the return in which real
     rewards have replaced a part of the prediction. Its name is the *TD(lambda) return*.
-    In the worked example it is [2.5, 4, 2] in copy 1. For the first of these, one
-    reward and then the critic make 1 + 0.5 * 2 = 2, two rewards and then the critic
-    make 1 + 0.5 * 1 + 0.25 * 6 = 3. lam gives them the weights 1 - lam for one reward,
-    (1 - lam) lam for two, and so on, and all that is left for the last: here 0.5 and
-    0.5, which makes 2.5. In copy 2 it
-    is [1.5, 2, -1]: nothing follows the crash, so the last return is its reward.
+
+    In the worked example it is [2.5, 4, 2] in copy 1. Why 2.5? There are two estimates
+    of the first return. With one real reward it is r_0 + gamma V = 1 + 0.5 * 2 = 2.
+    With two it is 1 + 0.5 * 1 + 0.25 * 6 = 3. The TD(lambda) return is the mean of the
+    estimates with the weights 1 - lam, (1 - lam) lam, (1 - lam) lam^2, ..., where the
+    last one gets all that is left: here 0.5 and 0.5, which makes 2.5. In copy 2 it is
+    [1.5, 2, -1]: nothing follows the crash, so the last return is its reward.
 
     The target contains the critic's own predictions. It is computed once for each
     rollout and then stays fixed, and no gradient flows into it.
@@ -598,16 +602,20 @@ def clipped_surrogate_loss(
       +-----------+--+------- rho         |                 \
                   1  1.2
 
-    Where it is flat, the row has no gradient. That is the case on one side only:
+    Where it is flat, the row has no gradient. The min takes the smaller one of the two.
+    For A > 0 and rho = 1.5 that is the clipped 1.2 A, a constant: no gradient. For
+    A > 0 and rho = 0.5 it is the unclipped 0.5 A, as 0.8 A is larger: the gradient
+    stays. For A < 0 it is the other way round:
 
              rho < 0.8   0.8 to 1.2   rho > 1.2
       A > 0  gradient    gradient     none
       A < 0  none        gradient     gradient
 
     "None" stands where the action has become more likely, or less likely, by enough. In
-    the opposite corner it was moved against its own advantage, by gradient steps on
-    other rows, and should come back. All rows share the network's weights, so a step on
-    one changes the probabilities in all. For the same reason the clip does not
+    the other two corners it was moved against its own advantage, by gradient steps on
+    other rows, and should come back. The clip alone, without the min, would have no
+    gradient there either. All rows share the network's weights, so a step on one
+    changes the probabilities in all. For the same reason the clip does not
     guarantee that the ratio stays inside: it only stops a row from pushing, and others
     can still carry its ratio past 1.2. After ten updates about 8 % are outside.
 
@@ -619,7 +627,8 @@ def clipped_surrogate_loss(
       rho           1.5   1      1      1.5    0.5     0.5
       min(...)      1.2   0.67   0     -0.5    0.33   -1.6
       gradient      none  yes    none   yes    yes     none
-    Their mean is 0.1 / 6 = 0.0167, and the loss -0.0167.
+    (The third has none because its advantage is 0.) The mean of the six is 0.1 / 6 =
+    0.0167, and the loss -0.0167.
     """
     ratio = torch.exp(log_probs - old_log_probs)
     clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -638,15 +647,15 @@ def ppo_loss(agent: ActorCritic, batch: dict[str, Tensor]) -> Tensor:
     *Why rewards are scaled.* Unscaled returns reach +-200, but a fresh critic predicts
     values of size 1. Adam moves each weight by about LEARNING_RATE a step, however
     large the error is. So the critic lags behind returns that change as the policy
-    improves: the column `explained` is then mostly between 0.2 and 0.8, and a large
-    part of the advantages is the critic's error.
+    improves. It then explains mostly 20 to 80 % of the differences between returns (the
+    column `explained`), and a large part of the advantages is the critic's error.
 
-    In the worked example, which has K = 2 actions, take the first gradient step, with
-    all six rows. The ratios are 1 and the normalised advantages 0 on average, so the
-    first term is 0. Before any learning V - G is -A, with the A of `gae`, whose squares
-    have the mean (2.5^2 + 2^2 + 1^2 + 0.5^2 + 2^2 + 2^2) / 6 = 3.25. The entropy is
-    ln 2. So the loss is 0 + 0.5 * 3.25 - 0.003 * 0.6931 = 1.6229. A loss of the policy
-    of 0 says nothing about how well it flies; only the return does.
+    In the worked example, take the first gradient step, with all six rows. The ratios
+    are 1 and the normalised advantages 0 on average, so the first term is 0. Before any
+    learning V - G is -A, with the A of `gae`, whose squares have the mean (2.5^2 + 2^2
+    + 1^2 + 0.5^2 + 2^2 + 2^2) / 6 = 3.25. The entropy is ln 2. So the loss is 0 + 0.5 *
+    3.25 - 0.003 * 0.6931 = 1.6229. That the policy's part is 0 says nothing about how
+    well it flies; only the return does.
     """
     logits = agent.actor(batch["observations"])
     log_probs, entropies = log_probs_and_entropy(logits, batch["actions"])
