@@ -31,12 +31,13 @@ The algorithm in 7 steps
        so that it goes on trying other moves. The critic moves its predictions towards
        the returns. The bonus and the learning rate shrink with time.
     6. Every REFRESH_EVERY updates, the opponent becomes a copy of the present actor.
-    7. Repeat from step 2. After NUM_UPDATES updates, stop as soon as the agent cannot
-       be beaten: whatever an opponent does, it never loses.
-    The function `train` is these seven steps and nothing else. A reader who stops at
-    its end has read the whole algorithm. Below it stands how step 7 can know that the
-    agent cannot be beaten, and then only housekeeping. On a first reading, skip from
-    the Symbols to the Settings.
+    7. Repeat from step 2. From NUM_UPDATES updates on, stop at the first test (there is
+       one every REPORT_EVERY updates) in which the agent cannot be beaten: whatever an
+       opponent does, it never loses.
+    The function `train` is these steps and nothing else, but for the test of step 7. A
+    reader who stops at its end has read the whole algorithm. Below it stands how the
+    test can know that the agent cannot be beaten, and then only housekeeping. On a
+    first reading, skip from the Symbols to the Settings.
 
 Symbols
     N games are played side by side. A *step* is one move of one side, and the longest
@@ -88,9 +89,10 @@ When it goes wrong
       expects, or the critic does not learn to expect the returns.
     * The entropy is near 0 after a few rows. The sign of the bonus is wrong, or the
       mask is missing in the loss.
-    * The wins fall below those of an untrained agent, about 50 and 11 %. The reward was
-      given to the wrong side: it belongs to the side that has just moved, not to the
-      side whose turn it is now.
+    * The wins fall below those of an untrained agent, about 50 and 11 % (it is
+      greedy with random weights, so it always prefers the same few cells). The reward
+      was given to the wrong side: it belongs to the side that has just moved, not to
+      the side whose turn it is now.
     * The agent learns one seat only ("wins 1st" or "wins 2nd" stays low). The board is
       not shown as the second player sees it, or the learner always moves first.
     * tests/bugs/README.md shows many more mistakes, and by what each can be recognised.
@@ -239,7 +241,8 @@ class CriticNetwork(nn.Module):
     surely lose; nothing keeps the network from saying 1.1. A result depends on who
     plays. V is the mean result of the learner, whose moves are sampled, against this
     opponent with its random moves. Two perfect players would draw from the empty board,
-    which is 0; the trained critic says about +0.46, because this opponent blunders.
+    so V would be 0 there; the trained critic says about +0.46, because this opponent
+    blunders.
 
     Without the `squeeze`, values would be (B, 1). Then returns (B,) minus values (B, 1)
     would be a table (B, B) of every return minus every value, without an error.
@@ -261,8 +264,8 @@ def mask_illegal(logits: Tensor, action_mask: Tensor) -> Tensor:
     With exp(-inf) = 0, an illegal move has exactly the probability 0, whatever the
     network says about its cell.
 
-    `logits` is (..., 9); `action_mask` is (..., 9), with 1 where a cell may be taken,
-    and belongs to the very board that gave the logits. Returns (..., 9).
+    `logits` is (..., 9); `action_mask` is (..., 9), with 1 where a cell may be taken.
+    It must be the mask of the same boards as `logits`. Returns (..., 9).
     By hand: logits [5, 1] with the mask [0, 1] become [-inf, 1], that is, the
     probabilities 0 and 1.
     """
@@ -274,12 +277,13 @@ def mask_illegal(logits: Tensor, action_mask: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------
 
 # WHY A FROZEN COPY? To the learner, its opponent is a part of the environment. As long
-# as the copy is frozen, this environment stays the same, and results of different games
-# can be compared. If the opponent were the actor itself, it would be another player
-# after each gradient step, and two players who answer each other's last change can go
-# in circles for ever, as in rock, paper, scissors. Tic-tac-toe is so small that it
-# works even then, but in general nothing guarantees that a player who learns against
-# itself gets better, with a frozen copy or without. So we measure it (step 7).
+# as the copy is frozen, this environment stays the same, and a move that did better in
+# this batch really is better against this opponent. If the opponent were the actor
+# itself, it would be another player after each gradient step, and two players who
+# answer each other's last change can go in circles for ever, as in rock, paper,
+# scissors. Tic-tac-toe is so small that it works even then, but in general nothing
+# guarantees that a player who learns against itself gets better, with a frozen copy or
+# without. So we measure it (step 7).
 #
 # WHY RANDOM MOVES? A good opponent does not make a beginner's mistakes. The learner
 # would hardly ever see the positions after such mistakes, and not learn to punish them.
@@ -288,7 +292,7 @@ def mask_illegal(logits: Tensor, action_mask: Tensor) -> Tensor:
 # opponents. If the probability is near 0, the opponent plays as its policy says, and
 # the learner finds out which of its own moves lose. If it is near 1/2, the opponent
 # blunders in nearly every game, and the learner finds out how to win. (In a game as
-# small as this one, we measured no advantage over 1/4 in all games.) With the
+# small as this one, we measured no advantage over a fixed probability of 1/4.) With the
 # probability 1 in every game, the opponent would be a random player, and the best
 # answer to a random player is to gamble: whoever takes the right risks moving second
 # wins 93.2 % of the games instead of 91.6 %, but a good player can punish them.
@@ -339,7 +343,7 @@ def play_games(
         masks = torch.from_numpy(infos["action_mask"])
         learner_turn = learner_first if step % 2 == 0 else ~learner_first  # (N,)
         learner_moved, opponent_moved = alive & learner_turn, alive & ~learner_turn
-        # Every board is seen by the side to move, so either network can read it.
+        # A board is shown as the side to move sees it, so either network can read it.
         logits = torch.zeros(env.num_envs, CELLS)
         logits[learner_moved] = learner(boards[learner_moved])
         logits[opponent_moved] = opponent(boards[opponent_moved])
@@ -380,9 +384,11 @@ def play_games(
 # does not depend on the weights, because the opponent is frozen. The logarithm turns
 # the product into a sum, whose terms for the opponent have the gradient 0:
 #
-#     grad ln P(game) = sum_t grad ln pi(a_t|s_t)     (t: its moves in this one game)
+#     grad ln P(game) = sum_t grad ln pi(a_t|s_t)
 #
-# By the chain rule, grad ln P = grad P / P, so that grad P = P grad ln P, and therefore
+# Here t runs over the moves of the learner in this one game, not yet over all B moves.
+# By the chain rule, grad ln P = grad P / P, so that grad P = P grad ln P. The result
+# G(game) of a given game does not depend on the weights, and therefore
 #
 #     grad J = sum over all games of  P(game) G(game) grad ln P(game)
 #            = E[ sum_t G grad ln pi(a_t|s_t) ]                                      (1)
@@ -395,13 +401,15 @@ def play_games(
 #
 # In (1), all moves of a game that was won are pushed up, the bad ones too. The mean
 # over many games corrects this, but slowly. It helps to subtract what was to be
-# expected in s_t anyway. A number b(s_t) that does not depend on the move may be
-# subtracted from G without changing grad J, because in the mean over the moves it adds
+# expected in s_t anyway, a number b(s_t) that does not depend on the move. This leaves
+# grad J as it is. To see it, look at all games that come to a position s. There the
+# move a is sampled with the probability pi(a|s), when s is known already, so b(s) is
+# the same number for each a. On average over these moves, b(s) adds to the sum in (1)
 #
 #     sum_a pi(a|s) b(s) grad ln pi(a|s) = b(s) sum_a grad pi(a|s) = b(s) grad 1 = 0,
 #
-# where the first step is again pi grad ln pi = grad pi, and the last one holds because
-# the probabilities of all moves add up to 1, whatever the weights are. Lesson 1
+# where the first step is again pi grad ln pi = grad pi, and the second one holds
+# because the probabilities of all moves add up to 1, whatever the weights are. Lesson 1
 # subtracts the mean of all returns, one number for all states. But a position can be
 # good or bad, and the critic knows which: b(s) = V(s).
 
@@ -422,11 +430,14 @@ def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
     `critic_loss` shows by how much.
 
     `returns` is (B,), `values` is (B,). The result is (B,); no gradient flows through
-    it. The example, its six moves in the order of the steps: the returns are 1, -1, 1,
-    -1, 1, -1. If the values are 0.25, -0.5, 0.5, -0.25, 1, 0, then the advantages are
-    0.75, -0.5, 0.5, -0.75, 0, -1. The winning move at step 4 gets nothing, because the
-    critic was sure of the win already. The blunder at step 5 gets the largest part of
-    the blame.
+    it. The example, its six moves in the order in which they were made:
+        game          0      1      0      1      0      1
+        cell          0      0      1      2      2      3
+        G             1     -1      1     -1      1     -1
+        V          0.25   -0.5    0.5  -0.25      1      0
+        A          0.75   -0.5    0.5  -0.75      0     -1
+    The winning move (cell 2 in game 0) gets nothing, because the critic was sure of the
+    win already. The blunder (cell 3 in game 1) gets the largest part of the blame.
     """
     return returns - values.detach()
 
@@ -453,10 +464,11 @@ def actor_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     but for a factor, the mean number of moves in a game.
 
     The value of this loss says nothing about how well the actor plays, only its
-    gradient counts. The critic learns as well: in each position it soon expects the
-    mean of what follows, so that advantages above and below 0 balance, and the loss is
-    near 0 however well the actor plays. Mostly it is slightly below 0, since the likely
-    moves, whose ln pi is near 0, are the better ones already.
+    gradient counts. The critic learns as well: A is soon 0 on average in each position,
+    so only the differences in ln pi between its moves count, and the loss is near 0
+    however well the actor plays. Mostly it is slightly below: the worse moves (A < 0)
+    are the unlikely ones, with ln pi far below 0, so their A ln pi is positive and
+    larger than that of the better moves is negative.
 
     `log_probs` is (B,), those of the moves that were made, with gradient; `advantages`
     is (B,). Returns a scalar.
@@ -473,8 +485,9 @@ def entropy_bonus(entropies: Tensor, beta: float) -> Tensor:
     bonus = beta * mean_t( H_t ),   H_t = -sum_a pi(a|s_t) ln pi(a|s_t)   (in nats)
 
     H_t is 0 if one move is certain, and ln k if k moves are equally likely (a nat is
-    the unit that belongs to ln). A move that is never tried is never judged again, even
-    if it only had bad luck in the first games. The bonus keeps every move possible.
+    the unit that belongs to ln). A move that is no longer tried is no longer judged,
+    even if it only had bad luck in the first games. The bonus keeps every move
+    possible.
 
     But the bonus also changes which policy is the best. With a constant beta, the best
     one for result and bonus together plays a move with a probability proportional to
@@ -485,7 +498,8 @@ def entropy_bonus(entropies: Tensor, beta: float) -> Tensor:
     Therefore the bonus has to shrink.
 
     `entropies` is (B,), with gradient; `beta` is what one nat is worth. Returns a
-    scalar.
+    scalar. (An illegal move has 0 ln 0 in its sum, which counts as 0; PyTorch's
+    `entropy` sees to that.)
     The example: a choice between two equally likely moves has H = ln 2 = 0.6931. With
     beta = 0.25 the bonus is 0.1733.
     """
@@ -502,8 +516,8 @@ def critic_loss(values: Tensor, returns: Tensor) -> Tensor:
     And if the `detach` of `subtract_values` were missing? The derivative of actor_loss
     with respect to V(s_t) is ln pi(a_t|s_t) / B. It is never positive, so gradient
     descent would push every V up. Take one position: its mean of ln pi over the moves
-    is -H, minus the entropy. The two losses together would come to rest where
-    2 (V - mean(G_t)) - H is 0, that is, at V = mean(G_t) + H / 2.
+    is -H, the negative entropy. Added to the derivative 2 (V - mean(G_t)) of
+    critic_loss, it is 0 at V = mean(G_t) + H / 2: every V ends up too high by H / 2.
 
     `values` is (B,), with gradient; `returns` is (B,). Returns a scalar.
     The example: (0.75^2 + 0.5^2 + 0.5^2 + 0.75^2 + 0 + 1) / 6 = 0.4375. All three parts
