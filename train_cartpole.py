@@ -1,4 +1,4 @@
-"""Lesson 1: REINFORCE on CartPole-v1, the simplest policy gradient.
+"""Lesson 1: REINFORCE on CartPole-v1, the simplest policy gradient method.
 
 What you will learn
     How an agent improves from rewards alone. The task: a pole stands on a cart, and at
@@ -10,7 +10,8 @@ What you will learn
     average become more likely, and the others less likely.
 
 The algorithm in 5 steps
-    1. Start from a *policy*: a network that gives each action a probability.
+    1. Start from a *policy*: a network that looks at the cart and the pole, and gives
+       each action a probability.
     2. Play a batch of whole episodes. Each action is sampled with its probability.
     3. Compute for each step its *return* (the reward of this step, plus 0.99 times that
        of the next step, plus 0.99^2 times that of the one after it, and so on to the
@@ -19,8 +20,8 @@ The algorithm in 5 steps
     4. Take one gradient step that makes the actions with a positive advantage more
        likely, and those with a negative advantage less likely.
     5. Repeat from step 2 with the new policy.
-    The function `train` is these five steps and nothing else. A reader who stops at its
-    end has read the whole lesson; what follows it is housekeeping.
+    The function `train` is these five steps and nothing else. After its end there is
+    only housekeeping.
 
     When does it stop? The task counts as *solved* when the last 100 training episodes
     lasted 475 steps on average. But in training actions are sampled, and even a good
@@ -31,8 +32,9 @@ The algorithm in 5 steps
     random starts were used neither in training nor to decide when to stop.
 
 Symbols
-    N episodes are played side by side, and the longest of them has T steps. Shorter
-    episodes are padded to T steps; B is the number of real steps in all N together.
+    N = EPISODES_PER_UPDATE episodes are played side by side, and the longest of them
+    has T steps. Shorter episodes are padded to T steps; B is the number of real steps
+    in all N together.
     s_t         observations  (T, N, 4)  cart position (m), cart velocity (m/s), pole
                                          angle (rad), angular velocity (rad/s)
     a_t         actions       (T, N)     0 pushes the cart to the left, 1 to the right
@@ -40,8 +42,8 @@ Symbols
     r_t         rewards       (T, N)     1 for each step, 0 in the padding
     gamma       GAMMA                    the *discount*, 0.99
     G_t         returns       (T, N)     r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
-    A_t         advantages    (B,)       G_t minus the mean of the B returns (here, t
-                                         counts the real steps of all N episodes)
+    A_t         advantages    (B,)       G_t minus the mean of the B returns: one
+                                         number per real step, in one long list
     pi(a|s)     policy                   the network: softmax of its outputs gives the
                                          probability of each action a in state s
     ln pi(a|s)  log_probs     (B,)       log-probability of the action that was taken
@@ -144,11 +146,11 @@ LEARNING_RATE = 0.02
 
 # The discount: a reward that comes k steps later counts gamma^k. An action mostly
 # causes what follows soon; what comes hundreds of steps later also depends on all the
-# actions in between, and adds more noise than knowledge to its return. The sum 1 +
-# gamma + gamma^2 + ... is 1 / (1 - gamma) = 100, so a return looks about 100 steps
-# ahead, which is 2 seconds (a step is 0.02 s). With 0.9 it looks 10 steps ahead, and
-# the policy learns far more slowly. With 1.0 all later rewards count in full, which
-# works here too.
+# actions in between, and adds more noise than knowledge to the return of this one. The
+# sum 1 + gamma + gamma^2 + ... is 1 / (1 - gamma) = 100, as if just the next 100
+# rewards counted in full: a return looks about 2 seconds ahead (a step is 0.02 s). With
+# 0.9 it looks 10 steps ahead, and the policy learns far more slowly. With 1.0 all later
+# rewards count in full, which works here too.
 GAMMA = 0.99
 
 # Width of the hidden layer. A task this small needs few units. With very few it learns
@@ -166,8 +168,8 @@ MAX_EPISODES = 4_000
 # 100, a policy that falls once in 200 episodes would mostly pass; more take longer.
 CHECK_EPISODES = 1_000
 
-# Held-out episodes, and the seed of their random starts (the CHECK_EPISODES begin from
-# HELD_OUT_SEED - 1). With few episodes the final score is less exact.
+# Held-out episodes, and the seed of their random starts (the CHECK_EPISODES have
+# another seed, HELD_OUT_SEED - 1). With few episodes the final score is less exact.
 HELD_OUT_EPISODES = 100
 HELD_OUT_SEED = 1_000_000
 
@@ -246,10 +248,11 @@ def play_episodes(
         actions = actions.numpy()
         next_observations, rewards, terminated, truncated, _ = env.step(actions)
         steps.append((observations, actions, rewards * alive, alive))
-        # A fall *terminates* an episode, the limit of 500 steps *truncates* it. After
-        # either, Gymnasium starts a new episode in this copy by itself (*autoreset*).
-        # We play it too, until the longest episode of the batch has ended, but these
-        # steps are only padding: `alive` stays False, and the reward is set to 0.
+        # A fall (or leaving the track) *terminates* an episode, the limit of 500 steps
+        # *truncates* it. After either, Gymnasium starts a new episode in this copy by
+        # itself (*autoreset*). We play it too, until the longest episode of the batch
+        # has ended, but these steps are only padding: `alive` stays False, and the
+        # reward is set to 0.
         alive = alive & ~(terminated | truncated)
         observations = next_observations
     # From T tuples of four arrays, each with N rows, to four tensors with T rows each.
@@ -265,7 +268,8 @@ def play_episodes(
 # Let R be the sum of all rewards of an episode, and J the mean of R over all episodes
 # that can happen when this policy plays, weighted with their probabilities. We want to
 # raise J by changing the weights of the network, so we need its gradient with respect
-# to the weights, which we write `grad J`. Here gamma is 1: all rewards count in full.
+# to the weights, the *policy gradient*, which we write `grad J`. Here gamma is 1: all
+# rewards count in full.
 #
 # ONE DECISION. Suppose that an episode has a single step. In the state s, the policy
 # takes the action a with probability pi(a|s), and this brings the return G(a). Then
@@ -280,6 +284,10 @@ def play_episodes(
 # The last sum is the mean of the bracket over actions that are sampled from pi. So we
 # can estimate grad J without trying every action: play, compute the bracket for the
 # action that was taken, and take the mean over many plays.
+#
+# In words: grad ln pi(a|s) is the direction, in the space of the weights, in which a
+# becomes more likely. Each action that was taken pushes the weights in its own
+# direction with the force G(a); where that is negative, it pushes the other way.
 #
 # A WHOLE EPISODE is a chain of such decisions: s_0, a_0, s_1, a_1, and so on. Its
 # probability is a product,
@@ -346,15 +354,15 @@ def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
     says only how long the pole stayed up after step t. A single return proves little:
     an early step of a long episode has a large one even if its push was bad. But over
     many episodes, in similar states, the better push is followed by larger returns than
-    the worse one. What their returns have in common cancels, as a baseline does, and
-    the difference is what is learned.
+    the worse one. The part that both returns have in common acts like a
+    baseline and cancels; the difference is what is learned.
 
     The limit of 500 steps makes an error: the pole would have stayed up, but no reward
     is counted any more, so that the last 100 steps or so of a perfect episode look as
     bad as the steps before a fall. But there the return depends on the number of the
     step alone, and not on the action. So it acts like a baseline: its pushes cancel in
-    the mean, and mostly add noise. Lesson 3 adds an estimate of the rewards that the
-    limit has cut off.
+    the mean, and what remains is almost only noise. Lesson 3 adds an estimate of the
+    rewards that the limit has cut off.
 
     `rewards` is (T,) or (T, N) float32, with one column per episode, padded with zeros.
     Returns a tensor of the same shape.
@@ -378,12 +386,12 @@ def subtract_mean(returns: Tensor) -> Tensor:
     The mean is the baseline b. With it, a step after which the pole stayed up for long
     has a positive advantage, and the last steps before a fall have negative ones.
 
-    The mean of the batch is not quite a baseline in the sense above, because G_t itself
-    is one of the numbers that are averaged. The error in the expected gradient falls as
-    1 / N. With N = 1 it is large: an episode is then compared with itself only, and its
-    advantages add up to 0, whether it was a good one or a bad one. It still learns, as
-    the table under *Try this* shows, because within an episode the steps before the
-    fall are compared with the earlier ones.
+    The mean of the batch is not quite a baseline in the sense above: it contains G_t
+    itself and the other returns of the same episode, which depend on a_t as well. They
+    are about one Nth of all the numbers that are averaged, and so the error in the mean
+    gradient is about 1 / N of it. With N = 1 it is large: an episode is then compared
+    with itself only. It still learns, because the steps before a fall are compared
+    with the earlier ones of the same episode.
 
     `returns` is (B,) float32: the real steps of a batch, without padding. Returns (B,).
     The example: without the padding and row by row, the returns are 1.5, 1.75, 1, 1.5,
@@ -415,17 +423,17 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     does not depend on the scale of the gradient.
 
     The value of this loss says nothing about how well the policy plays. The advantages
-    have the mean 0, and ln pi differs little from step to step, so the loss jumps
+    have the mean 0 and are hardly related to ln pi, so the mean of their products jumps
     around 0. Only its gradient counts.
 
-    The book's box in section 13.4 has a factor gamma^t before A_t. It is right if J is
-    the discounted return from the start of the episode: seen from there, whatever
-    happens at step t counts only gamma^t. Like nearly all code, we leave it out: with
-    it, the action at step 300 would count 0.99^300 = 5 % of the first one, although a
-    pole falls as easily then. The price is that for gamma < 1 the updates do not follow
-    exactly the gradient of J, nor that of any other function (Nota & Thomas, 2020,
-    arXiv 1906.07073), so that nothing guarantees that a step improves any one quantity.
-    In practice it works.
+    The book's pseudocode in section 13.4 has a factor gamma^t before A_t. It is right
+    if what we want to raise is the mean *discounted* return of an episode: seen from
+    its start, whatever happens at step t counts only gamma^t. Like nearly all code, we
+    leave the factor out: with it, the action at step 300 would count 0.99^300 = 5 % of
+    the first one, although a pole falls as easily then. The price is that for gamma < 1
+    the updates follow the gradient neither of the discounted nor of the undiscounted
+    return, nor of any other function (Nota & Thomas, 2020, arXiv 1906.07073), so that
+    nothing guarantees that a step improves any one quantity. In practice it works.
 
     `log_probs` is (B,), those of the actions that were taken, with gradient;
     `advantages` is (B,). Returns a scalar.
@@ -474,9 +482,10 @@ def train(
         loss.backward()
         optimizer.step()
 
-        # 5. Repeat, with new episodes. The old ones were played by another policy now,
-        #    but E[ ] in (2) is a mean over episodes that the present policy plays. So
-        #    each batch serves for a single gradient step. (Lesson 3 takes several.)
+        # 5. Repeat, with new episodes. The old ones were played by the policy as it was
+        #    before this step, but E[ ] in (2) is a mean over episodes that the present
+        #    policy plays. So each batch serves for a single gradient step. (Lesson 3
+        #    takes several.)
         yield rewards.sum(0), distribution, loss
 
 
