@@ -45,10 +45,7 @@ SIZES = {  # each family takes what it has of these
     **{"intermediate_size": 64, "ffn_dim": 64, "state_size": 4, "window_size": 8},
     **{"max_position_embeddings": 256, "dropout": 0.5, "pos_att_type": ["p2c", "c2p"]},
     **{"query_pre_attn_scalar": 16, "relative_attention": True, "encoder_layers": 1},
-    **{
-        "logit_scale": 1.0,
-        "initializer_range": 0.2,
-    },  # probabilities that differ clearly
+    **{"logit_scale": 1.0, "initializer_range": 0.2},  # clearly unequal probabilities
 }
 
 
@@ -138,7 +135,6 @@ REWARD_MODELS = {
 NO_POLICIES = {
     "an encoder": Family("bert", BERT),
     "bart": Family("bart", LLAMA),
-    "t5": Family("t5", "pad=<pad> eos=</s> unk=<unk>"),
 }
 
 
