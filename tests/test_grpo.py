@@ -88,6 +88,11 @@ def settings(tmp_path, monkeypatch, folders):
     AccelerateTestCase().tearDown()  # Accelerate keeps its state for the whole process
 
 
+def load_reward(folder):
+    kind = transformers.AutoModelForSequenceClassification
+    return lesson.RewardModel(*lesson.load_model(kind, str(folder)))
+
+
 def write_group(policy, tokenizer, samples=8):
     """A group of the policy's responses, rewarded for low words."""
     torch.manual_seed(0)

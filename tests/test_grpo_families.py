@@ -10,6 +10,7 @@ import torch
 from accelerate.test_utils.testing import AccelerateTestCase
 from families import NO_POLICIES, POLICIES, REWARD_MODELS, save
 from lessons import spy_on
+from test_grpo import load_reward
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -37,11 +38,6 @@ def change_settings(monkeypatch, **settings):
     small |= {"TEMPERATURE": TEMPERATURE}
     for name, value in (small | settings).items():
         monkeypatch.setattr(lesson, name, value)
-
-
-def load_reward(folder):
-    kind = AutoModelForSequenceClassification
-    return lesson.RewardModel(*lesson.load_model(kind, str(folder)))
 
 
 def near(expected):
