@@ -21,17 +21,10 @@ import grpo_training as lesson
 EOS, WORDS = 64, 64  # the tiny policy's words are w0 ... w63, ids 0 to 63
 PROMPT = "w1 w2 w3"
 PROMPT_IDS = torch.tensor([[1, 2, 3]])
-SMALL = {  # settings of every test, unless it changes some
-    "DEVICE": "cpu",
-    "PROMPTS": [PROMPT, "w4"],
-    "NUM_STEPS": 2,
-    "NUM_SAMPLES": 4,
-    "MAX_NEW_TOKENS": 8,
-    "EVAL_SAMPLES": 4,
-    "LR": 1e-3,
-    "TOP_P": 1.0,
-    "MAX_GRAD_NORM": 1e9,
-}
+# Settings of every test, unless it changes some.
+SMALL = {"DEVICE": "cpu", "PROMPTS": [PROMPT, "w4"], "NUM_STEPS": 2, "NUM_SAMPLES": 4}
+SMALL |= {"MAX_NEW_TOKENS": 8, "EVAL_SAMPLES": 4, "LR": 1e-3, "TOP_P": 1.0}
+SMALL |= {"MAX_GRAD_NORM": 1e9}
 torch.set_num_threads(1)
 
 
@@ -254,18 +247,6 @@ def test_the_mask_ends_after_the_first_end_token_wherever_it_is():
     assert mask.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
 
 
-def test_the_gradient_on_a_one_token_bandit_is_the_analytic_policy_gradient():
-    probs = torch.tensor([0.5, 0.25, 0.25])
-    logits = probs.log().requires_grad_()
-    drawn = torch.tensor([0, 0, 1, 2])  # as often as their probabilities say
-    advantages = lesson.group_advantages(torch.tensor([0.0, 0.0, 1.0, 3.0]))
-    log_probs = logits.log_softmax(0)[drawn].unsqueeze(1)
-    loss_of(log_probs, advantages=advantages).backward()
-    per_action = advantages[[0, 2, 3]]
-    exact = -probs * (per_action - (probs * per_action).sum())
-    assert torch.allclose(logits.grad, exact, atol=1e-6)
-
-
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_group_s_own_mean_shortens_the_expected_gradient_to_1_less_1_over_g(size):
     probs, payoff = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([1.0, -2.0, 4.0])
@@ -353,24 +334,6 @@ def test_rewards_that_are_small_or_near_to_each_other_are_not_taken_for_equal():
         assert lesson.group_advantages(torch.tensor(rewards))[1] > 0
 
 
-@pytest.mark.parametrize("by_std", [False, True])
-def test_a_constant_in_all_rewards_is_a_baseline_only_without_the_std(by_std):
-    """The mean gradient over all groups of 3 texts, with and without 5 more reward."""
-    probs, payoff = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([1.0, -2, 4, 0])
-    logits, means = probs.log().requires_grad_(), []
-    for extra in (0.0, 5.0):
-        mean = torch.zeros(4)
-        for texts in itertools.product(range(4), repeat=3):
-            rewards = payoff[list(texts)]
-            scale = rewards.std() + 1e-4 if by_std else 1.0
-            log_probs = logits.log_softmax(0)[list(texts)].unsqueeze(1)
-            loss = loss_of(log_probs, advantages=(rewards + extra) / scale)
-            chance = probs[list(texts)].prod()
-            mean -= chance * torch.autograd.grad(loss, logits)[0]
-        means.append(mean)
-    assert torch.allclose(*means, atol=1e-4) != by_std
-
-
 # ------------------------------------------------------------------------------------
 # Sampling and scoring
 # ------------------------------------------------------------------------------------
@@ -418,26 +381,7 @@ def test_a_reward_that_is_no_finite_number_each_is_refused(capsys, answer):
 # ------------------------------------------------------------------------------------
 
 
-def ratios_of(calls):
-    return [
-        (call["log_probs"] - call["old_log_probs"]).detach().exp() for call in calls
-    ]
-
-
-def test_with_one_inner_step_ratio_is_1_and_loss_0_while_the_gradient_is_not(
-    monkeypatch,
-):
-    policy, tokenizer = tiny_policy()
-    before = weights(policy)
-    calls = spy_on(monkeypatch, lesson, "grpo_loss")
-    metrics = run_step(policy, write_group(policy, tokenizer))
-    assert (ratios_of(calls)[0] == 1).all()
-    assert abs(metrics["loss"]) < 1e-5 and metrics["KL"] == 0
-    assert metrics["clipped"] == 0 and metrics["gradient"] > 1e-3
-    assert not torch.equal(before, weights(policy))
-
-
-def test_with_more_inner_steps_the_ratio_leaves_1_and_the_clip_acts(
+def test_the_ratio_is_1_and_the_loss_0_at_first_and_then_the_clip_acts(
     settings, monkeypatch
 ):
     calls, results = spy_on(monkeypatch, lesson, "grpo_loss"), []
@@ -446,9 +390,10 @@ def test_with_more_inner_steps_the_ratio_leaves_1_and_the_clip_acts(
         calls.clear()
         policy, tokenizer = tiny_policy()
         metrics = run_step(policy, write_group(policy, tokenizer), rate=3.0)
-        ratios = ratios_of(calls)
-        assert len(ratios) == 3 and (ratios[0] == 1).all()
-        assert (ratios[2] - 1).abs().max() > 0.2  # against the policy that sampled
+        moved = [call["log_probs"] - call["old_log_probs"] for call in calls]
+        assert len(moved) == 3 and (moved[0] == 0).all()
+        assert moved[2].abs().max() > 0.2  # against the policy that sampled
+        assert calls[0]["return"].abs() < 1e-5 and metrics["KL"] == 0
         assert torch.equal(calls[1]["old_log_probs"], calls[2]["old_log_probs"])
         results.append((weights(policy), metrics["clipped"]))
     assert min(results[0][1], results[1][1]) > results[2][1] >= 0
@@ -557,28 +502,13 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_change(
     capsys, monkeypatch
 ):
     policy, tokenizer = tiny_policy()
-    group, before, good = write_group(policy, tokenizer), weights(policy), None
-    good = lesson.grpo_loss
-    for spoil in (
-        lambda log_probs, loss: loss * torch.nan,
-        lambda log_probs, loss: loss + (log_probs.sum() * 0).sqrt(),  # gradient only
-    ):
-        monkeypatch.setattr(lesson, "grpo_loss", lambda *a, f=spoil: f(a[0], good(*a)))
+    group, before = write_group(policy, tokenizer), weights(policy)
+    for spoil in (torch.tensor(torch.nan).mul, torch.sqrt):  # sqrt: gradient only
+        wrong = lambda log_probs, *_, f=spoil: f((log_probs * 0).sum())  # noqa: E731
+        monkeypatch.setattr(lesson, "grpo_loss", wrong)
         fails_with(capsys, lambda: run_step(policy, group), "loss", "finite")
         policy.zero_grad()
     assert torch.equal(before, weights(policy))
-
-
-def learn(settings, monkeypatch, **options):
-    """Mean rewards of the first and of the last 5 of 40 steps of main()."""
-    settings(REWARD_FUNCTION=low_words, NUM_STEPS=40, NUM_SAMPLES=8, LR=6e-3)
-    settings(EVAL_SAMPLES=2, PROMPTS=[PROMPT])
-    settings(**options)
-    saved = spy_on(monkeypatch, lesson, "save_run")
-    lesson.main()
-    means = torch.stack(saved[-1]["rewards"]).flatten(1).mean(1)
-    assert len(means) == 40
-    return means[:5].mean().item(), means[-5:].mean().item()
 
 
 ALL_ON = {"INNER_STEPS": 2, "KL_COEF": 0.01, "MICRO_BATCH_SIZE": 3}
@@ -590,26 +520,14 @@ ALL_ON = {"INNER_STEPS": 2, "KL_COEF": 0.01, "MICRO_BATCH_SIZE": 3}
     ids=["", "another seed", "inner steps, KL, micro-batches, no std"],
 )
 def test_it_learns(settings, monkeypatch, options):
-    first, last = learn(settings, monkeypatch, **options)
-    assert first < 0.65 and last > 0.8
-
-
-@pytest.mark.parametrize(
-    ("spoil", "least", "most"), [("flip", 0, 0.15), ("shuffle", 0.25, 0.75)]
-)
-def test_it_unlearns_with_the_sign_flipped_and_nothing_from_shuffled_advantages(
-    settings, monkeypatch, spoil, least, most
-):
-    right, source = lesson.group_advantages, torch.Generator().manual_seed(0)
-
-    def wrong(rewards, *others):
-        advantages = right(rewards, *others)
-        if spoil == "flip":
-            return -advantages
-        return advantages[torch.randperm(len(rewards), generator=source)]
-
-    settings(group_advantages=wrong)
-    assert least <= learn(settings, monkeypatch)[1] <= most
+    settings(REWARD_FUNCTION=low_words, NUM_STEPS=40, NUM_SAMPLES=8, LR=6e-3)
+    settings(EVAL_SAMPLES=2, PROMPTS=[PROMPT])
+    settings(**options)
+    saved = spy_on(monkeypatch, lesson, "save_run")
+    lesson.main()
+    means = torch.stack(saved[-1]["rewards"]).flatten(1).mean(1)
+    assert len(means) == 40
+    assert means[:5].mean() < 0.65 and means[-5:].mean() > 0.8
 
 
 def test_bf16_computes_in_bfloat16_and_keeps_float32_weights_that_move(

@@ -119,20 +119,6 @@ def test_the_prompt_is_what_the_model_was_trained_to_read(run):
             assert tokenizer.decode(row) == expected
 
 
-def test_the_probabilities_that_are_trained_are_those_of_a_plain_forward_pass(run):
-    model = AutoModelForCausalLM.from_pretrained(run["root"] / "loaded").eval()
-    make_ends_likely(model, run["ends"])
-    group, loss, _ = run["steps"][0]
-    prompt_ids, start = group["prompt_ids"], group["prompt_ids"].shape[1]
-    ids = torch.cat([prompt_ids, group["completion_ids"]], 1)
-    for row, found, mask in zip(ids, loss["log_probs"], loss["mask"], strict=True):
-        with torch.no_grad():  # a row alone, without a cache
-            logits = model(row[None], use_cache=False).logits[0, start - 1 : -1]
-        expected = (logits / TEMPERATURE).log_softmax(1)
-        expected = expected.gather(1, row[start:, None])[:, 0]
-        assert found[mask == 1].detach() == near(expected[mask == 1])
-
-
 def test_the_probabilities_that_are_trained_are_those_that_were_sampled_from(run):
     tokens = torch.cat([group["completion_ids"] for group, _, _ in run["steps"]], 1)
     mask = torch.cat([loss["mask"] for _, loss, _ in run["steps"]], 1) == 1
@@ -250,16 +236,11 @@ def test_a_reward_model_s_tokenizer_may_be_an_spm_model_only(tmp_path):
     text.write_text("why is exercise good for you? it helps you to sleep.\n" * 50)
     marks = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]"}
     marks |= {"unk_piece": "[UNK]", "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
-    options = {"vocab_size": 60, "hard_vocab_limit": False, "minloglevel": 2}
-    path = str(tmp_path / "spm")
+    marks |= {"input": str(text), "model_prefix": str(tmp_path / "spm")}
     train = sentencepiece.SentencePieceTrainer.train
-    train(input=str(text), model_prefix=path, **marks, **options)
-    encode = sentencepiece.SentencePieceProcessor(f"{path}.model").encode
-    prompt, response = "why is exercise good?", "it helps."
-    expected = [1, *encode(prompt), 2, *encode(response), 2]
-    reward = load_reward(tmp_path)
-    assert reward.read(prompt, [response])["input_ids"].tolist() == [expected]
-    assert reward(prompt, [response]).isfinite()
+    train(**marks, vocab_size=60, hard_vocab_limit=False, minloglevel=2)
+    scores = load_reward(tmp_path)("why is exercise good?", ["it helps.", "why"])
+    assert scores.isfinite().all() and scores[0] != scores[1]
 
 
 # ------------------------------------------------------------------------------------

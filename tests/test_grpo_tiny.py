@@ -134,18 +134,18 @@ def test_each_rule_makes_an_answer_that_is_worse_in_the_way_that_it_says(seed):
     cut = make_tiny.cut_short(ANSWER, source)
     assert ANSWER.startswith(cut) and not cut.endswith((".", "!", "?"))
     assert sorted(make_tiny.scramble(ANSWER, source).split()) == sorted(ANSWER.split())
-    twelve = " ".join(ANSWER.split()[:12])  # the end of a short one is repeated, too
-    for words in make_tiny.repeat(ANSWER, source), make_tiny.repeat(twelve, source):
-        words = words.lower().split()
+    for length in (12, 99):  # the end of a short one is repeated, too
+        text = " ".join(ANSWER.split()[:length])
+        words = make_tiny.repeat(text, source).lower().split()
         runs = list(zip(words, words[1:], strict=False))
         assert len(set(runs)) < len(runs)
     stuffed = make_tiny.stuff(ANSWER, "regular exercise", source).lower()
-    assert "regular exercise" in stuffed and stuffed != ANSWER.lower()
+    assert stuffed.count("regular exercise") > 1
     other = "Honey keeps for years, so that it was found in graves. It is sweet."
-    first = ANSWER.split(".")[0] + "."
     long = make_tiny.run_on(ANSWER, other, source)
-    assert long.startswith(first) and len(long.split()) >= len(first.split()) + 3
-    assert other.startswith(long.removeprefix(ANSWER).removeprefix(first).strip())
+    first = ANSWER.split(".")[0] + "."
+    rest = long.removeprefix(ANSWER).removeprefix(first).strip()
+    assert long.startswith(first) and other.startswith(rest) and rest
 
 
 def test_every_flaw_has_its_answer_and_a_topic_can_be_renamed():
