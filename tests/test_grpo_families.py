@@ -10,7 +10,7 @@ import torch
 from accelerate.test_utils.testing import AccelerateTestCase
 from families import NO_POLICIES, POLICIES, REWARD_MODELS, save
 from lessons import spy_on
-from test_grpo import load_reward
+from test_grpo import fails_with, load_reward
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -308,15 +308,6 @@ MISTAKES = {  # and a word of the line that says why
 }
 
 
-def assert_refused(*words):
-    """Loading ends the program with one line that holds these words."""
-    with pytest.raises(SystemExit) as end:
-        lesson.load_models()
-    line = end.value.code
-    assert isinstance(line, str) and "\n" not in line and len(line) < 600
-    assert not [word for word in words if word not in line], line
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_policy_that_cannot_be_trained_is_refused_in_one_line_that_says_why(
     mistake, policy, tmp_path, monkeypatch
@@ -325,7 +316,7 @@ def test_a_policy_that_cannot_be_trained_is_refused_in_one_line_that_says_why(
     spoil, why = MISTAKES[mistake]
     spoil(folder)
     change_settings(monkeypatch, POLICY_MODEL_NAME=str(folder))
-    assert_refused("broken", why)
+    fails_with(lesson.load_models, "broken", why)
 
 
 @pytest.mark.parametrize(
@@ -339,4 +330,4 @@ def test_a_reward_model_needs_a_trained_head_with_one_output(
     save(family, tmp_path / "broken", head)
     names = {"POLICY_MODEL_NAME": str(policy), "REWARD_FUNCTION": None}
     change_settings(monkeypatch, REWARD_MODEL_NAME=str(tmp_path / "broken"), **names)
-    assert_refused("broken", why)
+    fails_with(lesson.load_models, "broken", why)

@@ -23,19 +23,7 @@ import transformers
 from accelerate import Accelerator
 from families import POLICIES, save
 from lessons import LESSONS, ROOT, copy_lesson, quiet_environment, spy_on
-from test_grpo import (
-    EOS,
-    PROMPT,
-    SMALL,
-    fails_with,
-    low_words,
-    run_step,
-    short_policy,
-    tiny_policy,
-    tiny_tokenizer,
-    weights,
-    write_group,
-)
+from test_grpo import PROMPT, fails_with, low_words, tiny_policy, weights
 from transformers import AutoModelForCausalLM
 
 import grpo_training as lesson
@@ -70,9 +58,12 @@ def loaded(folder):
 
 
 def two_groups():
-    """Two groups of short_policy() with rewards of different means."""
-    policy, tokenizer = short_policy()
-    groups = [write_group(policy, tokenizer, 6), write_group(policy, tokenizer, 6)]
+    """Two groups of tools.short_policy() with rewards of different means."""
+    policy, tokenizer = tools.short_policy()
+    groups = [
+        tools.write_group(policy, tokenizer, 6),
+        tools.write_group(policy, tokenizer, 6),
+    ]
     groups[1]["rewards"] = 10 + torch.arange(6.0)
     return groups
 
@@ -133,10 +124,10 @@ def test_two_processes_with_a_group_each_leave_what_one_leaves_with_both(
     two_processes, settings
 ):
     settings(**SWITCHED_ON)
-    policy = short_policy()[0]
+    policy = tools.short_policy()[0]
     options = {"rate": 0.3, "reference": tiny_policy(5)[0]}
-    metrics = run_step(policy, *two_groups(), **options)
-    assert (weights(policy) - weights(short_policy()[0])).abs().max() > 1e-3
+    metrics = tools.run_step(policy, *two_groups(), **options)
+    assert (weights(policy) - weights(tools.short_policy()[0])).abs().max() > 1e-3
     for report in two_processes[0]:
         assert torch.allclose(weights(policy), report["weights"], atol=1e-6)
         assert report["metrics"] == pytest.approx(metrics, rel=1e-3, abs=1e-6)
@@ -164,9 +155,9 @@ def test_ctrl_c_in_one_process_ends_both_after_the_same_step_and_keeps_the_run(
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_launches_that_split_the_model_are_refused(monkeypatch, capsys, name):
+def test_launches_that_split_the_model_are_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    fails_with(capsys, lesson.main, "FSDP", "DeepSpeed")
+    fails_with(lesson.main, "FSDP", "DeepSpeed")
 
 
 # ------------------------------------------------------------------------------------
@@ -195,7 +186,7 @@ def test_main_prints_a_row_per_step_and_saves_a_model_that_loads_bit_for_bit(
         assert torch.equal(value, kept[name]), name
     writer = transformers.pipeline("text-generation", str(folder))
     assert writer(PROMPT, max_new_tokens=4)[0]["generated_text"].startswith(PROMPT)
-    assert writer.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert writer.tokenizer.get_vocab() == tools.tiny_tokenizer().get_vocab()
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert {*log["files"]} == {path.name for path in folder.iterdir()}
 
@@ -228,21 +219,13 @@ def test_a_hundred_prompts_are_trained_on_and_few_of_them_evaluated(
     assert [call["prompt"] for call in scored] == few + prompts[:6] + few
 
 
-@pytest.mark.parametrize(
-    "options", [{"LORA_RANK": 2}, {"GRADIENT_CHECKPOINTING": True}]
-)
-def test_lora_trains_few_weights_and_what_is_saved_is_a_plain_model(
-    settings, tmp_path, monkeypatch, options
-):
+def test_lora_trains_few_weights(settings, monkeypatch):
     trained = spy_on(monkeypatch, lesson, "train")
-    settings(REWARD_FUNCTION=low_words, LR=0.05, **options)
+    settings(REWARD_FUNCTION=low_words, LORA_RANK=2)
     lesson.main()
-    groups = trained[0]["optimizer"].param_groups
-    size = sum(weight.numel() for group in groups for weight in group["params"])
-    assert (size < weights(tiny_policy()[0]).numel() / 4) == ("LORA_RANK" in options)
-    saved = loaded(tmp_path / "model")
-    assert saved.state_dict().keys() == tiny_policy()[0].state_dict().keys()
-    assert (weights(saved) - weights(tiny_policy()[0])).abs().max() > 1e-3
+    (group,) = trained[0]["optimizer"].param_groups
+    size = sum(weight.numel() for weight in group["params"])
+    assert 0 < size < weights(tiny_policy()[0]).numel() / 4
 
 
 def test_equal_rewards_leave_the_policy_as_it_was(settings, tmp_path):
@@ -263,7 +246,7 @@ def test_the_settings_of_the_advantages_and_of_adamw_are_used(settings, monkeypa
     assert made[0][0] == 0.002 and made[0][1]["weight_decay"] == 0
 
 
-def test_wandb_gets_every_step_if_asked_for(settings, monkeypatch, capsys):
+def test_wandb_gets_every_step_if_asked_for(settings, monkeypatch):
     log, trackers = [], []
 
     class Fake(Accelerator):
@@ -282,7 +265,7 @@ def test_wandb_gets_every_step_if_asked_for(settings, monkeypatch, capsys):
     assert trackers == [None, "wandb"] and [step for step, _ in log] == [0, 1] * 2
     assert {"reward", "std", "loss", "KL", "entropy", "clipped"} <= log[2][1]
     monkeypatch.setattr(lesson, "find_spec", lambda name: None)
-    fails_with(capsys, lesson.main, "USE_WANDB", "pip install")
+    fails_with(lesson.main, "USE_WANDB", "pip install")
 
 
 def test_no_output_at_all_and_odd_characters_never_end_a_run(monkeypatch, tmp_path):
@@ -318,7 +301,7 @@ CALLS = []
 
 def run_the_script_until_it_is_killed(folder, **values):
     """It writes beside itself, wherever it starts."""
-    copy_lesson(folder, LESSONS["grpo"], **(SMALL | values))
+    copy_lesson(folder, LESSONS["grpo"], **(tools.SMALL | values))
     script = folder / "grpo_training.py"
     text = script.read_text().replace("\nREWARD_FUNCTION = None\n", KILLED)
     script.write_text(text)
@@ -433,7 +416,7 @@ def test_a_save_that_stops_anywhere_leaves_no_mixture_of_two_models(
 @pytest.mark.parametrize("name", ["model", "model_interrupted"])
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
 def test_a_folder_with_files_of_another_origin_is_refused_and_stays_as_it_is(
-    tmp_path, capsys, name, kind
+    tmp_path, name, kind
 ):
     path = tmp_path / name
     if kind == "dangling link":
@@ -444,7 +427,7 @@ def test_a_folder_with_files_of_another_origin_is_refused_and_stays_as_it_is(
         path.mkdir()
         path = path / "config.json"
         path.write_text("my own")
-    fails_with(capsys, lesson.main, "SAVE_DIR")
+    fails_with(lesson.main, "SAVE_DIR")
     assert path.is_symlink() or path.read_text() == "my own"
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -473,7 +456,7 @@ def test_another_model_without_a_template_takes_the_old_one_s_place(
         settings(POLICY_MODEL_NAME=str(name), REWARD_FUNCTION=low_words)
         lesson.main()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert tokenizer.chat_template is None and tokenizer.eos_token_id == EOS
+    assert tokenizer.chat_template is None and tokenizer.eos_token_id == tools.EOS
     assert tokenizer(PROMPT).input_ids == [1, 2, 3]
 
 
@@ -519,15 +502,15 @@ def test_a_cached_model_is_found_without_the_hub(tmp_path, hub):
     [("me/nothing", "Hub"), ("./nothing", "nothing"), ("no/such/folder", "folder")],
 )
 def test_a_model_that_is_nowhere_is_refused_in_one_line(
-    settings, tmp_path, capsys, hub, name, word
+    settings, tmp_path, hub, name, word
 ):
     settings(POLICY_MODEL_NAME=name)
-    fails_with(capsys, lesson.main, name, word)
+    fails_with(lesson.main, name, word)
     assert not (tmp_path / "model").exists()
 
 
 def test_an_adapter_is_merged_into_its_base_and_a_broken_one_refused(
-    settings, tmp_path, folders, capsys
+    settings, tmp_path, folders
 ):
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
@@ -539,7 +522,7 @@ def test_an_adapter_is_merged_into_its_base_and_a_broken_one_refused(
     adapted.save_pretrained(tmp_path / "adapter")
     expected = weights(adapted.merge_and_unload())
     policy, tokenizer = lesson.load_policy(str(tmp_path / "adapter"))
-    assert type(policy) is type(base) and len(tokenizer) == len(tiny_tokenizer())
+    assert type(policy) is type(base) and len(tokenizer) == len(tools.tiny_tokenizer())
     assert torch.allclose(weights(policy), expected, atol=1e-6)
     assert all(weight.requires_grad for weight in policy.parameters())
     settings(POLICY_MODEL_NAME=str(tmp_path / "adapter"), LORA_RANK=2)
@@ -548,7 +531,7 @@ def test_an_adapter_is_merged_into_its_base_and_a_broken_one_refused(
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file(dict(list(tensors.items())[1:]), path)
-    fails_with(capsys, lesson.main, "adapter")
+    fails_with(lesson.main, "adapter")
 
 
 def test_a_checkpoint_in_bfloat16_is_trained_in_float32_without_dropout(tmp_path):
@@ -559,9 +542,9 @@ def test_a_checkpoint_in_bfloat16_is_trained_in_float32_without_dropout(tmp_path
     assert policy.dtype == torch.float32 and not policy.training
 
 
-def test_a_prompt_and_response_longer_than_the_context_are_refused(settings, capsys):
+def test_a_prompt_and_response_longer_than_the_context_are_refused(settings):
     settings(PROMPTS=[PROMPT, "w1 " * 50], MAX_NEW_TOKENS=15)
-    fails_with(capsys, lesson.main, "MAX_NEW_TOKENS", "policy")
+    fails_with(lesson.main, "MAX_NEW_TOKENS", "policy")
     settings(MAX_NEW_TOKENS=14, NUM_STEPS=1, REWARD_FUNCTION=low_words)
     lesson.main()  # 50 + 14 are exactly the 64 that the policy can read
 

@@ -65,24 +65,6 @@ def test_the_policy_names_the_topic_and_does_not_yet_know_when_to_stop(pair):
     assert len(set(texts)) > 50
 
 
-@pytest.mark.parametrize(
-    "worse",
-    [
-        "Regular exercise is important because it strengthens the heart and",
-        "Regular exercise is important. Regular exercise is important. "
-        "Regular exercise is important. Regular exercise is important.",
-        "Also stress the because strengthens and helps reduces it exercise. Regular "
-        "people important heart to muscles is well the and sleep it.",
-        "Regular exercise regular exercise regular exercise regular exercise.",
-        "",
-    ],
-    ids=["cut short", "repetitive", "scrambled", "stuffed", "empty"],
-)
-def test_the_reward_model_prefers_a_plain_answer_to_one_with_a_flaw(pair, worse):
-    good, bad = pair[1](PROMPT, [ANSWER, worse])
-    assert good > bad
-
-
 def test_pairwise_accuracy_on_held_out_topics_is_95_percent(pair):
     with gzip.open(TINY / "held_out_pairs.jsonl.gz", "rt") as file:
         pairs = [json.loads(line) for line in file][::64]
@@ -280,10 +262,10 @@ def test_without_a_hub_one_missing_model_is_enough_for_both_to_be_replaced(
     ],
 )
 def test_only_the_default_models_are_replaced_and_the_missing_one_is_named(
-    settings, tmp_path, capsys, policy, reward, missing
+    settings, tmp_path, policy, reward, missing
 ):
     settings(POLICY_MODEL_NAME=policy, REWARD_MODEL_NAME=reward)
-    fails_with(capsys, lesson.main, missing, "Hub")
+    fails_with(lesson.main, missing, "Hub")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -301,9 +283,9 @@ def test_with_lora_a_few_steps_on_the_pair_raise_the_reward_and_the_model_writes
     settings, tmp_path, monkeypatch
 ):
     names = "grpo_tiny/policy", "grpo_tiny/reward"
-    settings(POLICY_MODEL_NAME=names[0], REWARD_MODEL_NAME=names[1], NUM_STEPS=10)
+    settings(POLICY_MODEL_NAME=names[0], REWARD_MODEL_NAME=names[1], NUM_STEPS=6)
     settings(LORA_RANK=8, LR=3e-3, GRADIENT_CHECKPOINTING=True, NUM_SAMPLES=8)
-    settings(EVAL_SAMPLES=32, MAX_NEW_TOKENS=40, PROMPTS=[PROMPT])
+    settings(EVAL_SAMPLES=32, MAX_NEW_TOKENS=64, PROMPTS=[PROMPT])
     measured = spy_on(monkeypatch, lesson, "evaluate")
     lesson.main()
     before, after = (torch.tensor(call["return"]["rewards"]) for call in measured)
