@@ -20,7 +20,6 @@ import grpo_training as lesson
 
 EOS, WORDS = 64, 64  # the tiny policy's words are w0 ... w63, ids 0 to 63
 PROMPT = "w1 w2 w3"
-PROMPT_IDS = torch.tensor([[1, 2, 3]])
 # Settings of every test, unless it changes some.
 SMALL = {"DEVICE": "cpu", "PROMPTS": [PROMPT, "w4"], "NUM_STEPS": 2, "NUM_SAMPLES": 4}
 SMALL |= {"MAX_NEW_TOKENS": 8, "EVAL_SAMPLES": 4, "LR": 1e-3, "TOP_P": 1.0}
@@ -139,7 +138,6 @@ def fails_with(call, *words):
 # ------------------------------------------------------------------------------------
 # The equations
 # ------------------------------------------------------------------------------------
-
 
 END_IDS = torch.tensor([EOS])
 
@@ -327,6 +325,8 @@ def test_rewards_that_are_small_or_near_to_each_other_are_not_taken_for_equal():
         half = (rewards[1] - rewards[0]) / 2
         assert advantages.tolist() == pytest.approx([-half, half], rel=0.02)
         assert lesson.group_advantages(torch.tensor(rewards))[1] > 0
+    scaled = lesson.group_advantages(torch.tensor([0.0, 10.0])).tolist()
+    assert scaled == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_tokens_are_sampled_from_the_whole_vocabulary_or_its_exact_nucleus(
     (tmp_path / "policy" / "generation_config.json").write_text(own)
     settings(TOP_P=top_p, TEMPERATURE=temperature, MAX_NEW_TOKENS=1)
     policy, tokenizer = lesson.load_policy(str(tmp_path / "policy"))
-    logits = policy(PROMPT_IDS).logits[:, -1].detach() / temperature
+    logits = policy(torch.tensor([[1, 2, 3]])).logits[:, -1].detach() / temperature
     expected = transformers.TopPLogitsWarper(top_p)(None, logits).softmax(1)[0]
     torch.manual_seed(0)
     drawn = lesson.generate_group(policy, tokenizer, PROMPT, 20_000)["completion_ids"]
@@ -514,12 +514,10 @@ ALL_ON = {"INNER_STEPS": 2, "KL_COEF": 0.01, "MICRO_BATCH_SIZE": 3}
 )
 def test_it_learns(settings, monkeypatch, options):
     settings(REWARD_FUNCTION=low_words, NUM_STEPS=40, NUM_SAMPLES=8, LR=6e-3)
-    settings(EVAL_SAMPLES=2, PROMPTS=[PROMPT])
-    settings(**options)
+    settings(EVAL_SAMPLES=2, PROMPTS=[PROMPT], **options)
     saved = spy_on(monkeypatch, lesson, "save_run")
     lesson.main()
     means = torch.stack(saved[-1]["rewards"]).flatten(1).mean(1)
-    assert len(means) == 40
     assert means[:5].mean() < 0.65 and means[-5:].mean() > 0.8
 
 

@@ -215,17 +215,8 @@ def test_a_hundred_prompts_are_trained_on_and_few_of_them_evaluated(
     prompts = [f"w{i} w{j}" for i in range(10) for j in range(10)]
     settings(PROMPTS=prompts, PROMPTS_PER_STEP=3, REWARD_FUNCTION=low_words)
     lesson.main()
-    few = prompts[:4]
-    assert [call["prompt"] for call in scored] == few + prompts[:6] + few
-
-
-def test_lora_trains_few_weights(settings, monkeypatch):
-    trained = spy_on(monkeypatch, lesson, "train")
-    settings(REWARD_FUNCTION=low_words, LORA_RANK=2)
-    lesson.main()
-    (group,) = trained[0]["optimizer"].param_groups
-    size = sum(weight.numel() for weight in group["params"])
-    assert 0 < size < weights(tiny_policy()[0]).numel() / 4
+    asked = [call["prompt"] for call in scored]
+    assert asked == prompts[:4] + prompts[:6] + prompts[:4]
 
 
 def test_equal_rewards_leave_the_policy_as_it_was(settings, tmp_path):
@@ -234,16 +225,16 @@ def test_equal_rewards_leave_the_policy_as_it_was(settings, tmp_path):
     assert torch.equal(weights(loaded(tmp_path / "model")), weights(tiny_policy()[0]))
 
 
-def test_the_settings_of_the_advantages_and_of_adamw_are_used(settings, monkeypatch):
-    made, make = [], torch.optim.AdamW
-    monkeypatch.setattr(
-        torch.optim, "AdamW", lambda *a, **k: made.append((a[1], k)) or make(*a, **k)
-    )
+def test_the_settings_of_adamw_lora_and_the_advantages_are_used(settings, monkeypatch):
+    trained = spy_on(monkeypatch, lesson, "train")
     calls = spy_on(monkeypatch, lesson, "group_advantages")
-    settings(LR=0.002, SCALE_BY_STD=False)
+    settings(LR=0.002, SCALE_BY_STD=False, LORA_RANK=2)
     lesson.main()
+    (group,) = trained[0]["optimizer"].param_groups
+    assert group["lr"] == 0.002 and group["weight_decay"] == 0
+    size = sum(weight.numel() for weight in group["params"])
+    assert 0 < size < weights(tiny_policy()[0]).numel() / 4
     assert [call["scale_by_std"] for call in calls] == [False, False]
-    assert made[0][0] == 0.002 and made[0][1]["weight_decay"] == 0
 
 
 def test_wandb_gets_every_step_if_asked_for(settings, monkeypatch):
@@ -258,13 +249,12 @@ def test_wandb_gets_every_step_if_asked_for(settings, monkeypatch):
             log.append((step, set(values)))
 
     monkeypatch.setattr(lesson, "Accelerator", Fake)
-    for use in (False, True):
-        monkeypatch.setattr(lesson, "find_spec", lambda name: name == "wandb")
-        settings(USE_WANDB=use)
-        lesson.main()
+    lesson.main()
+    settings(USE_WANDB=True, find_spec=lambda name: name == "wandb")
+    lesson.main()
     assert trackers == [None, "wandb"] and [step for step, _ in log] == [0, 1] * 2
     assert {"reward", "std", "loss", "KL", "entropy", "clipped"} <= log[2][1]
-    monkeypatch.setattr(lesson, "find_spec", lambda name: None)
+    settings(find_spec=lambda name: None)
     fails_with(lesson.main, "USE_WANDB", "pip install")
 
 
@@ -343,19 +333,19 @@ def test_a_run_that_is_killed_and_resumed_ends_where_an_unbroken_one_does(
     assert not (tmp_path / "model_checkpoint").exists()
 
 
+REPLACE = os.replace
+
+
 def cut_after(monkeypatch, moves, error):
     """From now on, so many files or folders can be moved; the next one raises it."""
-    real, left = REPLACE, itertools.count(moves, -1)
+    left = itertools.count(moves, -1)
 
     def move(*names):
         if next(left) == 0:
             raise error
-        real(*names)
+        REPLACE(*names)
 
     monkeypatch.setattr(os, "replace", move)
-
-
-REPLACE = os.replace
 
 
 def test_a_checkpoint_is_whole_whenever_the_writing_of_the_next_one_stops(
@@ -385,8 +375,8 @@ def test_a_run_that_ends_before_its_first_step_writes_nothing(settings, tmp_path
 def test_a_save_that_stops_anywhere_leaves_no_mixture_of_two_models(
     settings, tmp_path, monkeypatch, error
 ):
-    """After an error, as on a read-only file in Docker, the older model is whole and
-    the new one aside. After a `kill -9`, the folder loads whole or not at all."""
+    # After an error, as on a read-only file in Docker, the older model is whole and the
+    # new one aside. After a `kill -9`, the folder loads whole or not at all.
     settings(draw_learning_curve=lambda rewards, path: path.write_text("a picture"))
     folder, rewards = tmp_path / "model", [torch.ones(1, 4)]
     new, old = weights(tiny_policy(7)[0]), weights(tiny_policy(1)[0])
@@ -419,13 +409,12 @@ def test_a_folder_with_files_of_another_origin_is_refused_and_stays_as_it_is(
     tmp_path, name, kind
 ):
     path = tmp_path / name
-    if kind == "dangling link":
-        path.symlink_to(tmp_path / "nowhere" / "at all")
-    elif kind == "file":
-        path.write_text("my own")
-    else:
+    if kind == "folder":
         path.mkdir()
         path = path / "config.json"
+    if kind == "dangling link":
+        path.symlink_to(tmp_path / "nowhere" / "at all")
+    else:
         path.write_text("my own")
     fails_with(lesson.main, "SAVE_DIR")
     assert path.is_symlink() or path.read_text() == "my own"
@@ -469,11 +458,11 @@ def test_a_hub_that_never_answers_is_given_up_within_seconds(monkeypatch, hub):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         ask = huggingface_hub.HfApi(endpoint=url).model_info
-        monkeypatch.setattr(
-            huggingface_hub,
-            "model_info",
-            lambda name, timeout: ask(name, timeout=timeout / 10),
-        )
+
+        def hasty(name, timeout):
+            return ask(name, timeout=timeout / 10)
+
+        monkeypatch.setattr(huggingface_hub, "model_info", hasty)
         started = time.time()
         assert lesson.find_model("gpt2") is None
         assert 0.3 < time.time() - started < 3
