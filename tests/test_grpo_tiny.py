@@ -11,7 +11,7 @@ import torch
 from lessons import ROOT, spy_on
 from test_grpo import fails_with, load_reward
 from test_grpo_runs import hub as no_hub
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer
 
 import grpo_training as lesson
 
@@ -274,14 +274,11 @@ def test_the_commented_line_of_the_settings_chooses_the_pair():
     found = {}
     exec(*line, found)
     for part in ("policy", "reward"):
-        assert lesson.find_model(found[f"{part.upper()}_MODEL_NAME"]) == str(
-            TINY / part
-        )
+        folder = lesson.find_model(found[f"{part.upper()}_MODEL_NAME"])
+        assert folder == str(TINY / part)
 
 
-def test_with_lora_a_few_steps_on_the_pair_raise_the_reward_and_the_model_writes(
-    settings, tmp_path, monkeypatch
-):
+def test_with_lora_a_few_steps_on_the_pair_raise_the_reward(settings, monkeypatch):
     names = "grpo_tiny/policy", "grpo_tiny/reward"
     settings(POLICY_MODEL_NAME=names[0], REWARD_MODEL_NAME=names[1], NUM_STEPS=5)
     settings(LORA_RANK=8, LR=5e-3, GRADIENT_CHECKPOINTING=True, NUM_SAMPLES=8)
@@ -290,6 +287,3 @@ def test_with_lora_a_few_steps_on_the_pair_raise_the_reward_and_the_model_writes
     lesson.main()
     before, after = (torch.tensor(call["return"]["rewards"]) for call in measured)
     assert after.mean() > before.mean() + 0.5
-    writer = pipeline("text-generation", str(tmp_path / "trained_model"))
-    text = writer(PROMPT, max_new_tokens=30)[0]["generated_text"]
-    assert text.startswith(PROMPT) and len(text) > len(PROMPT) + 20
