@@ -1,6 +1,7 @@
 """Tests of lesson 4: its equations, the sampling, the rewards and the learning.
 
-The models are tiny and built here. Runs, files and processes: test_grpo_runs.py.
+The policy is tiny and built here. Runs, files and processes: test_grpo_runs.py; other
+models: test_grpo_families.py.
 """
 
 import itertools
