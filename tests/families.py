@@ -40,15 +40,12 @@ class Family:
 
 SIZES = {  # each family takes what it has of these
     **{"hidden_size": 32, "d_model": 32, "word_embed_proj_dim": 32, "head_dim": 16},
-    **{"num_hidden_layers": 2, "num_layers": 2, "attention_types": [[["local"], 2]]},
+    **{"num_hidden_layers": 2, "num_layers": 2},
     **{"num_attention_heads": 2, "num_heads": 2, "num_key_value_heads": 1},
     **{"intermediate_size": 64, "ffn_dim": 64, "state_size": 4, "window_size": 8},
     **{"max_position_embeddings": 256, "dropout": 0.5, "pos_att_type": ["p2c", "c2p"]},
     **{"query_pre_attn_scalar": 16, "relative_attention": True, "encoder_layers": 1},
-    **{
-        "logit_scale": 1.0,
-        "initializer_range": 0.2,
-    },  # probabilities that differ clearly
+    **{"logit_scale": 1.0, "initializer_range": 0.2},  # clearly unequal probabilities
 }
 
 
@@ -67,10 +64,12 @@ LLAMA_3 = chat(
 )
 GEMMA = "<start_of_turn>ROLE\nTEXT<end_of_turn>\n", "<start_of_turn>model\n"
 PHI_3 = "<|ROLE|>\nTEXT<|end|>\n", "<|assistant|>\n", "", "{{ eos_token }}"
-COHERE = "<|START|><|ROLE|>TEXT<|END|>", "<|START|><|chatbot|>"
+COHERE_CHAT = "<|START|><|ROLE|>TEXT<|END|>", "<|START|><|chatbot|>"
 GPT2 = "bos=<|endoftext|> eos=<|endoftext|> unk=<|endoftext|>"
 LLAMA = "bos=<s> eos=</s> unk=<unk> | <s> $A"
 BERT = "cls=[CLS] sep=[SEP] pad=[PAD] unk=[UNK] eos=[SEP] | [CLS] $A [SEP]"
+LFM = "bos=<s> eos=<|im_end|> pad=<|pad|> | <s> $A"
+COHERE = "bos=<BOS> eos=<|END|> <|user|> | <BOS> $A"
 QWEN = "eos=<|endoftext|> pad=<|endoftext|>"
 SAMPLING = {"do_sample": True, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
 WINDOW = {"sliding_window": 8}  # tokens, fewer than the prompt has
@@ -78,7 +77,6 @@ HYBRID = {"layer_types": ["conv", "full_attention"]}
 
 POLICIES = {
     "gpt2": Family("gpt2", GPT2),  # no token for padding
-    "gpt_neo": Family("gpt_neo", GPT2),
     # The end token of OPT also begins every text, and its dropout is no module.
     "opt": Family("opt", "bos=</s> eos=</s> pad=<pad> | </s> $A"),
     "llama, add_eos_token": Family("llama", LLAMA + " </s>"),
@@ -101,8 +99,8 @@ POLICIES = {
         "phi3",
         "bos=<s> eos=<|endoftext|> pad=<|endoftext|>",
         chat(*PHI_3),
-        ends="<|endoftext|> <|user|> <|assistant|> <|end|>",
-        generation={"ends": 3},
+        "<|endoftext|> <|user|> <|assistant|> <|end|>",
+        {"ends": 3},
         sizes=WINDOW,
     ),
     "qwen 2, base": Family(  # only its template knows how a turn ends
@@ -112,17 +110,8 @@ POLICIES = {
         "mistral", LLAMA, prompt="<s> [INST] Say hi [/INST]", sizes=WINDOW
     ),
     "mamba": Family("mamba", "eos=<|endoftext|>"),  # it has no past_key_values
-    "lfm2": Family(
-        "lfm2",
-        "bos=<s> eos=<|im_end|> pad=<|pad|> | <s> $A",
-        chat(*CHATML),
-        sizes=HYBRID,
-    ),
-    "cohere": Family(
-        "cohere",
-        "bos=<BOS> eos=<|END|> <|user|> | <BOS> $A",
-        chat(*COHERE, model="chatbot"),
-    ),
+    "lfm2": Family("lfm2", LFM, chat(*CHATML), sizes=HYBRID),
+    "cohere": Family("cohere", COHERE, chat(*COHERE_CHAT, model="chatbot")),
     "gpt_neox": Family("gpt_neox", GPT2, sizes={"vocab_size": 300}),  # 43 more
 }
 REWARD_MODELS = {
@@ -135,11 +124,7 @@ REWARD_MODELS = {
     # Llama begins a text once, and has no token for padding.
     "llama 3, chat": Family("llama", "bos=<s> eos=<|eot_id|> | <s> $A", LLAMA_3),
 }
-NO_POLICIES = {
-    "an encoder": Family("bert", BERT),
-    "bart": Family("bart", LLAMA),
-    "t5": Family("t5", "pad=<pad> eos=</s> unk=<unk>"),
-}
+NO_POLICIES = {"an encoder": Family("bert", BERT), "bart": Family("bart", LLAMA)}
 
 
 def make_tokenizer(family):

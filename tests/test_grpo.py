@@ -1,100 +1,50 @@
 """Tests of lesson 4: its equations, the sampling, the rewards and the learning.
 
-The models are tiny and built here. Runs, files and processes: test_grpo_runs.py.
+The policy is tiny and built here. Runs, files and processes: test_grpo_runs.py; other
+models: test_grpo_families.py.
 """
 
 import itertools
 import types
 
 import pytest
-import sentencepiece
 import tokenizers
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.test_utils.testing import AccelerateTestCase
+from families import REWARD_MODELS, save
 from lessons import spy_on
-from transformers import (
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import grpo_training as lesson
 
 EOS, WORDS = 64, 64  # the tiny policy's words are w0 ... w63, ids 0 to 63
 PROMPT = "w1 w2 w3"
-PROMPT_IDS = torch.tensor([[1, 2, 3]])
-SMALL = {  # settings of every test, unless it changes some
-    "DEVICE": "cpu",
-    "PROMPTS": [PROMPT, "w4"],
-    "NUM_STEPS": 2,
-    "NUM_SAMPLES": 4,
-    "MAX_NEW_TOKENS": 8,
-    "EVAL_SAMPLES": 4,
-    "LR": 1e-3,
-    "TOP_P": 1.0,
-    "MAX_GRAD_NORM": 1e9,
-}
+# Settings of every test, unless it changes some.
+SMALL = {"DEVICE": "cpu", "PROMPTS": [PROMPT, "w4"], "NUM_STEPS": 2, "NUM_SAMPLES": 4}
+SMALL |= {"MAX_NEW_TOKENS": 8, "EVAL_SAMPLES": 4, "LR": 1e-3, "TOP_P": 1.0}
+SMALL |= {"MAX_GRAD_NORM": 1e9}
 torch.set_num_threads(1)
 
 
-def word_tokenizer():
+def tiny_tokenizer():
     words = {f"w{i}": i for i in range(WORDS)} | {"<eos>": EOS, "<unk>": EOS + 1}
-    words |= {"[CLS]": EOS + 2, "[SEP]": EOS + 3, "[PAD]": EOS + 4}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return core
+    options = {"eos_token": "<eos>", "unk_token": "<unk>"}  # none for padding
+    return PreTrainedTokenizerFast(tokenizer_object=core, **options)
 
 
 def tiny_policy(seed=0):
-    """A random GPT-2, dropout 0.1 as in the real one, and its tokenizer without pad."""
+    """A random GPT-2, dropout 0.1 as in the real one, as load_policy leaves it."""
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=EOS + 5,
-        n_positions=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-    )
-    return ready(GPT2LMHeadModel(config)), tiny_tokenizer()
-
-
-def tiny_tokenizer():
-    return PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer(), eos_token="<eos>", unk_token="<unk>"
-    )
-
-
-def ready(model):
-    """A model as load_policy leaves it."""
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    ends = {"bos_token_id": EOS, "eos_token_id": EOS}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=EOS + 2, **sizes, **ends))
     model.shipped_generation_config = model.generation_config
     model.generation_config = transformers.GenerationConfig(eos_token_id=[EOS])
-    return model.eval()
-
-
-def tiny_llama(kind=LlamaForCausalLM):
-    """A random Llama: no bias, another position code, an untied head."""
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=EOS + 5,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-    )
-    return ready(kind(config))
+    return model.eval(), tiny_tokenizer()
 
 
 def low_words(prompt, responses):
@@ -106,51 +56,13 @@ def low_words(prompt, responses):
     ]
 
 
-def tiny_reward_model(folder, labels=1, head=True, words=True):
-    """A folder with a random DeBERTa that scores a pair, and its tokenizer."""
-    torch.manual_seed(1)
-    config = DebertaV2Config(
-        vocab_size=EOS + 5,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=48,
-        pad_token_id=EOS + 4,
-        pooler_hidden_size=16,
-        relative_attention=True,
-        pos_att_type=["p2c", "c2p"],
-        num_labels=labels,
-        initializer_range=1.0,  # scores that really differ
-    )
-    model = DebertaV2ForSequenceClassification(config)
-    (model if head else model.deberta).save_pretrained(folder)
-    if not head:
-        config.save_pretrained(folder)
-    if words:
-        core = word_tokenizer()
-        core.post_processor = tokenizers.processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[("[CLS]", EOS + 2), ("[SEP]", EOS + 3)],
-        )
-        PreTrainedTokenizerFast(
-            tokenizer_object=core,
-            unk_token="<unk>",
-            pad_token="[PAD]",
-            cls_token="[CLS]",
-            sep_token="[SEP]",
-        ).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Saved models: policy and reward."""
     root = tmp_path_factory.mktemp("models")
     for part in tiny_policy():
         part.save_pretrained(root / "policy")
-    tiny_reward_model(root / "reward")
+    save(REWARD_MODELS["deberta"], root / "reward", "SequenceClassification")
     return root
 
 
@@ -167,6 +79,11 @@ def settings(tmp_path, monkeypatch, folders):
     use(REWARD_MODEL_NAME=str(folders / "reward"))
     yield use
     AccelerateTestCase().tearDown()  # Accelerate keeps its state for the whole process
+
+
+def load_reward(folder):
+    kind = transformers.AutoModelForSequenceClassification
+    return lesson.RewardModel(*lesson.load_model(kind, str(folder)))
 
 
 def write_group(policy, tokenizer, samples=8):
@@ -209,13 +126,12 @@ def weights(policy):
     return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
 
 
-def fails_with(capsys, call, *words):
+def fails_with(call, *words):
     """The call ends the program with status 1 and one line that holds these words."""
     with pytest.raises(SystemExit) as ending:
         call()
     line = str(ending.value.code)
     assert "\n" not in line and len(line) > 20
-    assert "Traceback" not in capsys.readouterr().err
     for word in words:
         assert word in line, line
 
@@ -223,7 +139,6 @@ def fails_with(capsys, call, *words):
 # ------------------------------------------------------------------------------------
 # The equations
 # ------------------------------------------------------------------------------------
-
 
 END_IDS = torch.tensor([EOS])
 
@@ -298,29 +213,15 @@ def test_log_probs_equal_a_token_by_token_loop(temperature):
             assert actual[row, t].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_what_fills_up_on_the_right_does_not_change_the_log_probs():
-    policy, _ = tiny_policy()
-    ids = torch.randint(0, WORDS, (2, 9))
-    prompt, response = ids[:, :4], ids[:, 4:]
-    alone = lesson.completion_log_probs(policy, prompt, response, 1.0)
-    filled = torch.cat([response, torch.full((2, 3), EOS)], 1)
-    padded = lesson.completion_log_probs(policy, prompt, filled, 1.0)
-    assert torch.allclose(alone, padded[:, :5], atol=1e-5)
-
-
-def test_log_probs_come_from_float32_whatever_the_model_gives():
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_come_from_float32_whatever_the_model_gives(temperature):
     torch.manual_seed(0)
-    logits = 5 * torch.randn(1, 2, 50)
-    ids = torch.tensor([[3, 7]])
-    for temperature in (1.0, 0.7):
-        model = FixedLogits(logits.bfloat16())
-        log_probs = lesson.completion_log_probs(
-            model, ids[:, :1], ids[:, 1:], temperature
-        )
-        exact = logits[0, 0].bfloat16().double() / temperature
-        expected = exact.log_softmax(0)[7].item()
-        assert log_probs.dtype == torch.float32
-        assert log_probs.item() == pytest.approx(expected, abs=1e-5)
+    logits, ids = (5 * torch.randn(1, 2, 50)).bfloat16(), torch.tensor([[3, 7]])
+    model, ids = FixedLogits(logits), ids.split(1, 1)
+    log_probs = lesson.completion_log_probs(model, *ids, temperature)
+    expected = (logits[0, 0].double() / temperature).log_softmax(0)[7]
+    assert log_probs.dtype == torch.float32
+    assert log_probs.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_the_mask_ends_after_the_first_end_token_wherever_it_is():
@@ -338,31 +239,6 @@ def test_the_mask_ends_after_the_first_end_token_wherever_it_is():
     several = torch.tensor([[1, 7, EOS, 2], [EOS, 7, 1, 2], [1, 2, 3, 7]])
     mask = lesson.completion_mask(several, torch.tensor([EOS, 7]))
     assert mask.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
-
-
-def test_prompt_and_filler_get_exactly_no_gradient_and_the_end_token_gets_some():
-    torch.manual_seed(0)
-    model = FixedLogits(torch.randn(1, 7, EOS + 1))
-    ids = torch.tensor([[1, 2, 3, 4, EOS, EOS, EOS]])  # prompt of 3, then a response
-    mask = lesson.completion_mask(ids[:, 3:], END_IDS)
-    log_probs = lesson.completion_log_probs(model, ids[:, :3], ids[:, 3:], 1.0)
-    ref = log_probs.detach() + 0.5
-    loss_of(log_probs, mask=mask, ref_log_probs=ref, kl_coef=0.1).backward()
-    # The logits at place t choose the token at t + 1: 2 and 3 choose "4" and EOS.
-    changed = model.logits.grad[0].abs().sum(1) > 0
-    assert changed.tolist() == [False, False, True, True, False, False, False]
-
-
-def test_the_gradient_on_a_one_token_bandit_is_the_analytic_policy_gradient():
-    probs = torch.tensor([0.5, 0.25, 0.25])
-    logits = probs.log().requires_grad_()
-    drawn = torch.tensor([0, 0, 1, 2])  # as often as their probabilities say
-    advantages = lesson.group_advantages(torch.tensor([0.0, 0.0, 1.0, 3.0]))
-    log_probs = logits.log_softmax(0)[drawn].unsqueeze(1)
-    loss_of(log_probs, advantages=advantages).backward()
-    per_action = advantages[[0, 2, 3]]
-    exact = -probs * (per_action - (probs * per_action).sum())
-    assert torch.allclose(logits.grad, exact, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -450,24 +326,8 @@ def test_rewards_that_are_small_or_near_to_each_other_are_not_taken_for_equal():
         half = (rewards[1] - rewards[0]) / 2
         assert advantages.tolist() == pytest.approx([-half, half], rel=0.02)
         assert lesson.group_advantages(torch.tensor(rewards))[1] > 0
-
-
-@pytest.mark.parametrize("by_std", [False, True])
-def test_a_constant_in_all_rewards_is_a_baseline_only_without_the_std(by_std):
-    """The mean gradient over all groups of 3 texts, with and without 5 more reward."""
-    probs, payoff = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([1.0, -2, 4, 0])
-    logits, means = probs.log().requires_grad_(), []
-    for extra in (0.0, 5.0):
-        mean = torch.zeros(4)
-        for texts in itertools.product(range(4), repeat=3):
-            rewards = payoff[list(texts)]
-            scale = rewards.std() + 1e-4 if by_std else 1.0
-            log_probs = logits.log_softmax(0)[list(texts)].unsqueeze(1)
-            loss = loss_of(log_probs, advantages=(rewards + extra) / scale)
-            chance = probs[list(texts)].prod()
-            mean -= chance * torch.autograd.grad(loss, logits)[0]
-        means.append(mean)
-    assert torch.allclose(*means, atol=1e-4) != by_std
+    scaled = lesson.group_advantages(torch.tensor([0.0, 10.0])).tolist()
+    assert scaled == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------
@@ -479,13 +339,13 @@ HOSTILE |= {"repetition_penalty": 5.0, "min_new_tokens": 3, "num_beams": 2}
 HOSTILE |= {"suppress_tokens": [1, 2, 3], "no_repeat_ngram_size": 1, "max_length": 5}
 
 
-@pytest.mark.parametrize(("top_p", "temperature"), [(1.0, 1.5), (0.7, 1.0), (0.9, 2)])
+@pytest.mark.parametrize(("top_p", "temperature"), [(1.0, 1.5), (0.7, 1.0)])
 def test_tokens_are_sampled_from_the_whole_vocabulary_or_its_exact_nucleus(
     settings, tmp_path, top_p, temperature
 ):
     """Whatever generation settings the checkpoint brings."""
     policy, tokenizer = tiny_policy()
-    policy.lm_head.weight.data[:, ::2] += 0.05 * torch.randn(EOS + 5, 16)
+    policy.lm_head.weight.data[:, ::2] += 0.05 * torch.randn(EOS + 2, 16)
     policy.generation_config = policy.shipped_generation_config
     for part in (policy, tokenizer):
         part.save_pretrained(tmp_path / "policy")
@@ -493,7 +353,7 @@ def test_tokens_are_sampled_from_the_whole_vocabulary_or_its_exact_nucleus(
     (tmp_path / "policy" / "generation_config.json").write_text(own)
     settings(TOP_P=top_p, TEMPERATURE=temperature, MAX_NEW_TOKENS=1)
     policy, tokenizer = lesson.load_policy(str(tmp_path / "policy"))
-    logits = policy(PROMPT_IDS).logits[:, -1].detach() / temperature
+    logits = policy(torch.tensor([[1, 2, 3]])).logits[:, -1].detach() / temperature
     expected = transformers.TopPLogitsWarper(top_p)(None, logits).softmax(1)[0]
     torch.manual_seed(0)
     drawn = lesson.generate_group(policy, tokenizer, PROMPT, 20_000)["completion_ids"]
@@ -504,185 +364,10 @@ def test_tokens_are_sampled_from_the_whole_vocabulary_or_its_exact_nucleus(
     assert ((counts / 20_000 - expected).abs() <= 5 * spread + 2e-4).all()
 
 
-def tiny_opt():
-    """A random OPT, whose dropout is a function and no module."""
-    torch.manual_seed(4)
-    config = OPTConfig(
-        vocab_size=EOS + 5,
-        hidden_size=32,
-        ffn_dim=64,
-        word_embed_proj_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        dropout=0.3,
-    )
-    return ready(OPTForCausalLM(config))
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-@pytest.mark.parametrize("options", [{}, {"LORA_RANK": 2, "KL_COEF": 0.1}])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_probabilities_that_are_trained_are_those_that_were_sampled_from(
-    settings, tmp_path, family, options, checkpointing
-):
-    """As main() prepares the policy, and with gradients, so in the mode that trains."""
-    policy = {"gpt2": lambda: short_policy()[0], "llama": tiny_llama, "opt": tiny_opt}
-    policy = policy[family]()
-    policy.generation_config = policy.shipped_generation_config
-    for part in (policy, tiny_tokenizer()):
-        part.save_pretrained(tmp_path / "policy")
-    settings(TEMPERATURE=1.3, MAX_NEW_TOKENS=12, **options)
-    policy, tokenizer = lesson.load_policy(str(tmp_path / "policy"))
-    if checkpointing:
-        lesson.recompute_activations(policy)
-    drawn = []
-    head = policy.get_output_embeddings()
-    hook = head.register_forward_hook(lambda m, args, out: drawn.append(out[:, -1]))
-    group = write_group(policy, tokenizer, 24)
-    hook.remove()
-    drawn = (torch.stack(drawn, 1) / 1.3).log_softmax(2)
-    drawn = drawn.gather(2, group["completion_ids"].unsqueeze(2)).squeeze(2)
-    for _ in range(2):  # and the same again: no dropout acts
-        trained = lesson.batch_log_probs(policy, group)
-        assert trained.requires_grad
-        difference = (trained - drawn).masked_fill(group["mask"] == 0, 0)
-        assert difference.abs().max() < 1e-5
-    assert 0 < group["mask"].sum() < group["mask"].numel() or family != "gpt2"
-
-
-def test_what_stands_behind_any_end_is_padding_and_no_text(settings):
-    policy, tokenizer = short_policy()
-    policy.lm_head.weight.data[7] += 0.3
-    policy.generation_config.eos_token_id = [7, EOS]
-    torch.manual_seed(0)
-    group = lesson.generate_group(policy, tokenizer, PROMPT, 40)
-    ids, mask = group["completion_ids"], group["mask"]
-    assert group["prompt_ids"].tolist() == PROMPT_IDS.expand(40, -1).tolist()
-    assert 0 < mask.sum() < mask.numel() and ids.shape[1] == lesson.MAX_NEW_TOKENS
-    assert (ids[mask == 0] == 7).all() and len(set(group["responses"])) > 20
-    last = [row[kept == 1][-1].item() for row, kept in zip(ids, mask, strict=True)]
-    for row, kept, text in zip(ids, mask, group["responses"], strict=True):
-        words = [i for i in row[kept == 1].tolist() if i not in (7, EOS)]
-        assert text.split() == [f"w{i}" for i in words if i < WORDS] or max(words) > EOS
-    assert {7, EOS} < set(last)
-
-
-def chat_policy(folder):
-    """A policy in a folder, whose tokenizer has a chat template with two marks."""
-    policy, tokenizer = tiny_policy()
-    marks = {"additional_special_tokens": ["[CLS]", "[SEP]"]}
-    tokenizer.add_special_tokens(marks)
-    tokenizer.chat_template = (
-        "{% for m in messages %}[CLS] {{ m['content'] }}"
-        "{% if m['role'] == 'assistant' %} [SEP]{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %} w9{% endif %}"
-    )
-    policy.lm_head.weight.data[EOS + 2 : EOS + 4] += 0.2  # samples marks, too
-    policy.generation_config = policy.shipped_generation_config
-    for part in (policy, tokenizer):
-        part.save_pretrained(folder)
-    return str(folder)
-
-
-def test_a_chat_model_gets_its_own_format_and_ends_where_a_turn_ends(
-    settings, tmp_path
-):
-    policy, tokenizer = lesson.load_policy(chat_policy(tmp_path / "chat"))
-    assert policy.generation_config.eos_token_id == [EOS, EOS + 3]
-    marked = [[EOS + 2, 1, 2, 3, 9]]
-    assert lesson.encode_prompt(tokenizer, PROMPT).tolist() == marked
-    settings(USE_CHAT_TEMPLATE=False)
-    assert lesson.encode_prompt(tokenizer, PROMPT).tolist() == [[1, 2, 3]]
-    settings(USE_CHAT_TEMPLATE=True)
-    plain = tiny_policy()[1]  # has no template
-    assert lesson.encode_prompt(plain, PROMPT).tolist() == [[1, 2, 3]]
-
-
-@pytest.mark.parametrize("keep", [False, True])
-def test_special_tokens_reach_the_reward_only_if_asked_for(settings, tmp_path, keep):
-    settings(KEEP_SPECIAL_TOKENS=keep)
-    policy, tokenizer = lesson.load_policy(chat_policy(tmp_path / "chat"))
-    group = write_group(policy, tokenizer, 30)
-    text = " ".join(group["responses"])
-    assert (group["completion_ids"] == EOS + 2).any()
-    assert ("[CLS]" in text) == keep
-    assert "[SEP]" not in text and "<eos>" not in text  # these are ends
-
-
-def load_reward(folder):
-    kind = transformers.AutoModelForSequenceClassification
-    return lesson.RewardModel(*lesson.load_model(kind, str(folder)))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_reward_model_reads_pairs_cut_on_the_response_only(tmp_path, side):
-    """And a score is the same alone and in a batch, whatever side is padded."""
-    tiny_reward_model(tmp_path)
-    path = tmp_path / "tokenizer_config.json"
-    text = path.read_text().replace("{", f'{{"padding_side": "{side}",', 1)
-    path.write_text(text)
-    reward = load_reward(tmp_path)
-    prompt, long = (" ".join(f"w{i}" for i in range(n)) for n in (22, 60))
-    responses = ["w5 w6", long, "w7"]
-    scores = reward(prompt, responses)
-    for response, score in zip(responses, scores, strict=True):
-        words = [int(w[1:]) for w in response.split()][: 48 - 25]
-        ids = [EOS + 2, *range(22), EOS + 3, *words, EOS + 3]
-        kinds = [0] * 24 + [1] * (len(words) + 1)
-        expected = reward.model(
-            input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([kinds])
-        ).logits
-        assert score.item() == pytest.approx(expected.item(), abs=1e-5)
-        assert reward(prompt, [response]).item() == pytest.approx(
-            score.item(), abs=1e-5
-        )
-
-
-def test_a_prompt_too_long_for_the_reward_model_is_cut_and_said_so(tmp_path, capsys):
-    reward = load_reward(tiny_reward_model(tmp_path))
-    prompt = " ".join(f"w{i}" for i in range(60))
-    scores = [reward(prompt, ["w1 w2", "w3"]) for _ in range(2)]
-    assert torch.equal(*scores) and scores[0][0] != scores[0][1]
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and "prompt" in lines[0]
-
-
-def test_a_tokenizer_that_is_only_an_spm_model_works(tmp_path):
-    tiny_reward_model(tmp_path, words=False)
-    text = tmp_path / "text.txt"
-    text.write_text("why is exercise good for you? it helps you to sleep.\n" * 50)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(tmp_path / "spm"),
-        vocab_size=60,
-        hard_vocab_limit=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        pad_piece="[PAD]",
-        bos_piece="[CLS]",
-        eos_piece="[SEP]",
-        unk_piece="[UNK]",
-        minloglevel=2,
-    )
-    reward = load_reward(tmp_path)
-    pieces = sentencepiece.SentencePieceProcessor(str(tmp_path / "spm.model"))
-    prompt, response = "why is exercise good?", "it helps."
-    expected = [1, *pieces.encode(prompt), 2, *pieces.encode(response), 2]
-    assert reward.read(prompt, [response])["input_ids"].tolist() == [expected]
-    assert reward(prompt, [response]).isfinite()
-
-
 @pytest.mark.parametrize("answer", [[1.0], [[1.0]] * 4, 3.0, [torch.inf] * 4])
-def test_a_reward_that_is_no_finite_number_each_is_refused(capsys, answer):
+def test_a_reward_that_is_no_finite_number_each_is_refused(answer):
     texts = ["a"] * 4
-    fails_with(
-        capsys, lambda: lesson.score_responses(lambda *_: answer, "", texts), "finite"
-    )
+    fails_with(lambda: lesson.score_responses(lambda *_: answer, "", texts), "finite")
 
 
 # ------------------------------------------------------------------------------------
@@ -690,26 +375,7 @@ def test_a_reward_that_is_no_finite_number_each_is_refused(capsys, answer):
 # ------------------------------------------------------------------------------------
 
 
-def ratios_of(calls):
-    return [
-        (call["log_probs"] - call["old_log_probs"]).detach().exp() for call in calls
-    ]
-
-
-def test_with_one_inner_step_ratio_is_1_and_loss_0_while_the_gradient_is_not(
-    monkeypatch,
-):
-    policy, tokenizer = tiny_policy()
-    before = weights(policy)
-    calls = spy_on(monkeypatch, lesson, "grpo_loss")
-    metrics = run_step(policy, write_group(policy, tokenizer))
-    assert (ratios_of(calls)[0] == 1).all()
-    assert abs(metrics["loss"]) < 1e-5 and metrics["KL"] == 0
-    assert metrics["clipped"] == 0 and metrics["gradient"] > 1e-3
-    assert not torch.equal(before, weights(policy))
-
-
-def test_with_more_inner_steps_the_ratio_leaves_1_and_the_clip_acts(
+def test_the_ratio_is_1_and_the_loss_0_at_first_and_then_the_clip_acts(
     settings, monkeypatch
 ):
     calls, results = spy_on(monkeypatch, lesson, "grpo_loss"), []
@@ -718,9 +384,10 @@ def test_with_more_inner_steps_the_ratio_leaves_1_and_the_clip_acts(
         calls.clear()
         policy, tokenizer = tiny_policy()
         metrics = run_step(policy, write_group(policy, tokenizer), rate=3.0)
-        ratios = ratios_of(calls)
-        assert len(ratios) == 3 and (ratios[0] == 1).all()
-        assert (ratios[2] - 1).abs().max() > 0.2  # against the policy that sampled
+        moved = [call["log_probs"] - call["old_log_probs"] for call in calls]
+        assert len(moved) == 3 and (moved[0] == 0).all()
+        assert moved[2].abs().max() > 0.2  # against the policy that sampled
+        assert calls[0]["return"].abs() < 1e-5 and metrics["KL"] == 0
         assert torch.equal(calls[1]["old_log_probs"], calls[2]["old_log_probs"])
         results.append((weights(policy), metrics["clipped"]))
     assert min(results[0][1], results[1][1]) > results[2][1] >= 0
@@ -763,20 +430,6 @@ def test_the_gradient_is_scaled_down_to_its_limit_and_reported_as_it_was(
     assert moved == pytest.approx(min(limit, metrics["gradient"]), rel=1e-3)
 
 
-def test_one_step_makes_better_responses_more_likely_and_worse_ones_less():
-    policy, tokenizer = tiny_policy()
-    group = write_group(policy, tokenizer)
-
-    def likelihood():
-        log_probs = lesson.batch_log_probs(policy, group).detach() * group["mask"]
-        return log_probs.sum(1) / group["mask"].sum(1)
-
-    before, better = likelihood(), group["advantages"] > 0
-    run_step(policy, group, rate=0.01)
-    change = likelihood() - before
-    assert change[better].mean() > 0 > change[~better].mean()
-
-
 def test_a_step_trains_each_response_to_its_end_and_nothing_of_the_prompt():
     torch.manual_seed(0)
     group = {
@@ -786,7 +439,7 @@ def test_a_step_trains_each_response_to_its_end_and_nothing_of_the_prompt():
         "responses": ["w7", "w8 w9"],
     }
     group["mask"] = lesson.completion_mask(group["completion_ids"], END_IDS)
-    model = FixedLogits(torch.randn(2, 6, EOS + 5))
+    model = FixedLogits(torch.randn(2, 6, EOS + 2))
     before = model.logits.detach().clone()
     run_step(model, group)
     # The logits at place t choose the token at t + 1.
@@ -839,80 +492,51 @@ def test_the_group_s_size_does_not_set_what_is_held_at_once(settings):
     assert sizes == [(2, length)] * 8 + [(1, length)] * 2
 
 
+@pytest.mark.parametrize(
+    "spoil", [torch.tensor(torch.nan).mul, torch.sqrt], ids=["loss", "gradient only"]
+)
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_change(
-    capsys, monkeypatch
+    settings, spoil
 ):
     policy, tokenizer = tiny_policy()
-    group, before, good = write_group(policy, tokenizer), weights(policy), None
-    good = lesson.grpo_loss
-    for spoil in (
-        lambda log_probs, loss: loss * torch.nan,
-        lambda log_probs, loss: loss + (log_probs.sum() * 0).sqrt(),  # gradient only
-    ):
-        monkeypatch.setattr(lesson, "grpo_loss", lambda *a, f=spoil: f(a[0], good(*a)))
-        fails_with(capsys, lambda: run_step(policy, group), "loss", "finite")
-        policy.zero_grad()
+    group, before = write_group(policy, tokenizer), weights(policy)
+    settings(grpo_loss=lambda log_probs, *_: spoil((log_probs * 0).sum()))
+    fails_with(lambda: run_step(policy, group), "loss", "finite")
     assert torch.equal(before, weights(policy))
 
 
-def learn(settings, monkeypatch, seed=0, **others):
-    """Mean rewards of the first and of the last 5 of 40 steps of main()."""
-    settings(REWARD_FUNCTION=low_words, NUM_STEPS=40, NUM_SAMPLES=8, SEED=seed)
-    settings(LR=6e-3, MAX_NEW_TOKENS=8, EVAL_SAMPLES=2, PROMPTS=[PROMPT], **others)
-    saved = spy_on(monkeypatch, lesson, "save_run")
-    lesson.main()
-    means = torch.stack(saved[-1]["rewards"]).flatten(1).mean(1)
-    assert len(means) == 40
-    return means[:5].mean().item(), means[-5:].mean().item()
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_it_learns(settings, monkeypatch, seed):
-    first, last = learn(settings, monkeypatch, seed)
-    assert first < 0.65 and last > 0.85
-
-
-def test_it_learns_with_inner_steps_kl_and_micro_batches(settings, monkeypatch):
-    options = {"INNER_STEPS": 2, "KL_COEF": 0.01, "MICRO_BATCH_SIZE": 3}
-    first, last = learn(settings, monkeypatch, SCALE_BY_STD=False, **options)
-    assert first < 0.65 and last > 0.8
+ALL_ON = {"INNER_STEPS": 2, "KL_COEF": 0.01, "MICRO_BATCH_SIZE": 3}
 
 
 @pytest.mark.parametrize(
-    ("spoil", "least", "most"), [("flip", 0, 0.15), ("shuffle", 0.25, 0.75)]
+    "options",
+    [{}, {"SEED": 1}, ALL_ON | {"SCALE_BY_STD": False}],
+    ids=["", "another seed", "inner steps, KL, micro-batches, no std"],
 )
-def test_it_unlearns_with_the_sign_flipped_and_nothing_from_shuffled_advantages(
-    settings, monkeypatch, spoil, least, most
-):
-    right, source = lesson.group_advantages, torch.Generator().manual_seed(0)
-
-    def wrong(rewards, *others):
-        advantages = right(rewards, *others)
-        if spoil == "flip":
-            return -advantages
-        return advantages[torch.randperm(len(rewards), generator=source)]
-
-    settings(group_advantages=wrong)
-    assert least <= learn(settings, monkeypatch)[1] <= most
+def test_it_learns(settings, monkeypatch, options):
+    settings(REWARD_FUNCTION=low_words, NUM_STEPS=40, NUM_SAMPLES=8, LR=6e-3)
+    settings(EVAL_SAMPLES=2, PROMPTS=[PROMPT], **options)
+    saved = spy_on(monkeypatch, lesson, "save_run")
+    lesson.main()
+    means = torch.stack(saved[-1]["rewards"]).flatten(1).mean(1)
+    assert means[:5].mean() < 0.65 and means[-5:].mean() > 0.8
 
 
 def test_bf16_computes_in_bfloat16_and_keeps_float32_weights_that_move(
-    settings, tmp_path, monkeypatch
+    settings, tmp_path
 ):
     settings(MIXED_PRECISION="bf16", LR=1e-5)
-    used, build = set(), lesson.load_models
+    used, load = set(), lesson.load_policy
 
-    def watched():
-        policy, *others = build()
+    def watched(name):
+        policy, tokenizer = load(name)
         policy.lm_head.register_forward_hook(lambda m, args, out: used.add(out.dtype))
-        return policy, *others
+        return policy, tokenizer
 
-    settings(load_models=watched)
+    settings(load_policy=watched)
     lesson.main()
     assert used == {torch.bfloat16}
-    saved = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", dtype="auto"
-    )
+    saved = GPT2LMHeadModel.from_pretrained(tmp_path / "model", dtype="auto")
     assert saved.dtype == torch.float32
     change = weights(saved) - weights(tiny_policy()[0])
     # Steps of 1e-5 that bfloat16 weights of 0.02 would lose. (Unused places stay.)
@@ -920,13 +544,15 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_weights_that_move(
     assert (change[large] != 0).float().mean() > 0.8
 
 
-def test_the_reference_stays_what_the_policy_was_while_the_policy_learns(monkeypatch):
-    monkeypatch.setattr(lesson, "KL_COEF", 0.1)
-    policy, _ = tiny_policy()
-    reference, ids = lesson.make_reference(policy), torch.tensor([[1, 2, 3]])
-    with torch.no_grad():
-        before = policy(ids).logits.clone()
-        for weight in policy.parameters():
-            weight.add_(0.1)
-        assert not torch.allclose(policy(ids).logits, before)
-        assert torch.allclose(reference(ids).logits, before)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_reference_stays_what_the_policy_was_while_the_policy_learns(
+    settings, monkeypatch, rank
+):
+    losses = spy_on(monkeypatch, lesson, "grpo_loss")
+    settings(LORA_RANK=rank, REWARD_FUNCTION=low_words, LR=0.05, NUM_STEPS=3)
+    lesson.main()
+    assert [call["ref_log_probs"] for call in losses] == [None] * 3
+    settings(KL_COEF=0.1)
+    lesson.main()
+    ratios = [call["log_probs"] - call["ref_log_probs"] for call in losses[3:]]
+    assert ratios[0].abs().max() < 1e-5 < 1e-3 < ratios[2].abs().max()

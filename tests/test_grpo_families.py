@@ -1,14 +1,18 @@
 """Lesson 4 on the kinds of models that people bring: tests/families.py builds them."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
+import sentencepiece
 import torch
 from accelerate.test_utils.testing import AccelerateTestCase
 from families import NO_POLICIES, POLICIES, REWARD_MODELS, save
 from lessons import spy_on
+from test_grpo import fails_with, load_reward
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -17,6 +21,7 @@ from transformers import (
 import grpo_training as lesson
 
 PROMPT, TEMPERATURE, SAMPLES = "Say hi", 0.8, 16
+CLASSIFIER = "SequenceClassification"
 torch.set_num_threads(1)
 
 
@@ -52,10 +57,16 @@ def make_ends_likely(model, ends):
     head.register_forward_hook(lambda module, inputs, logits: logits + bias)
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+ALL_ON = {"LORA_RANK": 2, "KL_COEF": 0.1, "GRADIENT_CHECKPOINTING": True}
+RUNS = {name: {} for name in POLICIES}
+RUNS |= {f"{name}, LoRA": ALL_ON for name in ("gpt2", "opt", "llama 3")}
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory):
     """Two steps of main() on a policy of each family, and all that they computed."""
-    family, root = POLICIES[request.param], tmp_path_factory.mktemp("run")
+    family = POLICIES[request.param.removesuffix(", LoRA")]
+    root = tmp_path_factory.mktemp("run")
     save(family, root / "loaded")
     tokenizer, scored = AutoTokenizer.from_pretrained(root / "loaded"), []
     ends = family.ids(family.ends) or [tokenizer.eos_token_id]
@@ -75,12 +86,11 @@ def run(request, tmp_path_factory):
 
     load_policy, sample, sampled_from = lesson.load_policy, torch.multinomial, []
     with pytest.MonkeyPatch.context() as patch:
-        settings = {
-            "POLICY_MODEL_NAME": str(root / "loaded"),
-            "REWARD_FUNCTION": reward,
-        }
-        settings |= {"PROMPTS": [family.prompt], "SAVE_DIR": str(root / "saved")}
-        change_settings(patch, **settings)
+        settings = {"PROMPTS": [family.prompt], "SAVE_DIR": str(root / "saved")}
+        settings |= {"POLICY_MODEL_NAME": str(root / "loaded")}
+        change_settings(
+            patch, REWARD_FUNCTION=reward, **settings, **RUNS[request.param]
+        )
         patch.setattr(lesson, "load_policy", load)
         patch.setattr(torch, "multinomial", multinomial)
         groups = spy_on(patch, lesson, "generate_group")
@@ -107,20 +117,6 @@ def test_the_prompt_is_what_the_model_was_trained_to_read(run):
     for group, _, _ in run["steps"]:
         for row in group["prompt_ids"]:
             assert tokenizer.decode(row) == expected
-
-
-def test_the_probabilities_that_are_trained_are_those_of_a_plain_forward_pass(run):
-    model = AutoModelForCausalLM.from_pretrained(run["root"] / "loaded").eval()
-    make_ends_likely(model, run["ends"])
-    group, loss, _ = run["steps"][0]
-    prompt_ids, start = group["prompt_ids"], group["prompt_ids"].shape[1]
-    ids = torch.cat([prompt_ids, group["completion_ids"]], 1)
-    for row, found, mask in zip(ids, loss["log_probs"], loss["mask"], strict=True):
-        with torch.no_grad():  # a row alone, without a cache
-            logits = model(row[None], use_cache=False).logits[0, start - 1 : -1]
-        expected = (logits / TEMPERATURE).log_softmax(1)
-        expected = expected.gather(1, row[start:, None])[:, 0]
-        assert found[mask == 1].detach() == near(expected[mask == 1])
 
 
 def test_the_probabilities_that_are_trained_are_those_that_were_sampled_from(run):
@@ -162,6 +158,22 @@ def test_the_saved_folder_differs_from_the_loaded_one_in_its_weights_only(run):
     assert any(not old[name].equal(new[name]) for name in old)
 
 
+def test_the_template_of_a_chat_and_special_tokens_can_be_chosen(tmp_path, monkeypatch):
+    save(POLICIES["qwen 2, base"], tmp_path)
+    change_settings(monkeypatch, USE_CHAT_TEMPLATE=False)
+    policy, tokenizer = lesson.load_policy(str(tmp_path))
+    plain = tokenizer(PROMPT).input_ids
+    assert lesson.encode_prompt(tokenizer, PROMPT).tolist() == [plain]
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    make_ends_likely(policy, [start, end])
+    for keep in (False, True):
+        monkeypatch.setattr(lesson, "KEEP_SPECIAL_TOKENS", keep)
+        group = lesson.generate_group(policy, tokenizer, PROMPT, 32)
+        assert (group["completion_ids"] == start).any()
+        assert ("<|im_start|>" in "".join(group["responses"])) == keep
+        assert "<|im_end|>" not in "".join(group["responses"])
+
+
 # ------------------------------------------------------------------------------------
 # Reward models
 # ------------------------------------------------------------------------------------
@@ -177,12 +189,10 @@ def policy(tmp_path_factory):
 
 
 @pytest.fixture(params=REWARD_MODELS)
-def reward_model(request, policy, tmp_path, monkeypatch):
+def reward_model(request, tmp_path):
     """The folder of each reward model, and the reward that the lesson makes of it."""
-    save(REWARD_MODELS[request.param], tmp_path, "SequenceClassification")
-    names = {"POLICY_MODEL_NAME": str(policy), "REWARD_MODEL_NAME": str(tmp_path)}
-    change_settings(monkeypatch, REWARD_FUNCTION=None, **names)
-    return tmp_path, lesson.load_models()[2]
+    save(REWARD_MODELS[request.param], tmp_path, CLASSIFIER)
+    return tmp_path, load_reward(tmp_path)
 
 
 def score_alone(folder, prompt, response):
@@ -207,13 +217,30 @@ def test_a_score_is_that_of_the_response_alone_as_the_model_was_trained(reward_m
     assert torch.as_tensor(reward(PROMPT, RESPONSES)) == near(expected)
 
 
-def test_a_text_too_long_for_the_reward_model_loses_its_end(reward_model):
+def test_a_text_too_long_for_the_reward_model_loses_its_end(reward_model, capsys):
     _, reward = reward_model
     long = "very " * 100  # 500 tokens, and the model reads 256
     scores = reward(PROMPT, [long, long + "bad", "bad " + long])
     assert scores[0] == scores[1] != scores[2]
-    scores = reward(long, ["yes", "no"])
-    assert torch.as_tensor(scores).isfinite().all() and scores[0] != scores[1]
+    assert capsys.readouterr().out == ""
+    scores = [reward(long, ["yes", "no"]) for _ in range(2)]
+    assert scores[0].isfinite().all() and scores[0][0] != scores[0][1]
+    assert torch.equal(*scores)
+    assert len(capsys.readouterr().out.splitlines()) == 1  # said once
+
+
+def test_a_reward_model_s_tokenizer_may_be_an_spm_model_only(tmp_path):
+    save(REWARD_MODELS["deberta"], tmp_path, CLASSIFIER)
+    without("tokenizer.json", "tokenizer_config.json")(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("why is exercise good for you? it helps you to sleep.\n" * 50)
+    marks = {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]"}
+    marks |= {"unk_piece": "[UNK]", "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    marks |= {"input": str(text), "model_prefix": str(tmp_path / "spm")}
+    train = sentencepiece.SentencePieceTrainer.train
+    train(**marks, vocab_size=60, hard_vocab_limit=False, minloglevel=2)
+    scores = load_reward(tmp_path)("why is exercise good?", ["it helps.", "why"])
+    assert scores.isfinite().all() and scores[0] != scores[1]
 
 
 # ------------------------------------------------------------------------------------
@@ -227,13 +254,14 @@ def edit(folder, name="config.json", **values):
     path.write_text(json.dumps(found | values))
 
 
-def rewrite(folder, name, how):
-    (folder / name).write_bytes(how((folder / name).read_bytes()))
-
-
 def no_end(folder):
     for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
         edit(folder, name, eos_token_id=None, eos_token=None)
+
+
+def half_a_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
 
 
 def adapter_without_its_base(folder):
@@ -248,36 +276,36 @@ def a_token_that_the_model_lacks(folder):
     tokenizer.save_pretrained(folder)
 
 
+def without_a_head(folder):
+    other("llama 3, chat", CLASSIFIER)(folder)
+    AutoModel.from_pretrained(folder).save_pretrained(folder)
+
+
+def without(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
 def other(name, head):
     return lambda folder: save((REWARD_MODELS | NO_POLICIES)[name], folder, head)
 
 
 NO_USER = "{% if messages[0].role == 'user' %}{{ raise_exception('No!') }}{% endif %}"
 BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-GPTQ = {"quant_method": "gptq", "bits": 4}
-MISTAKES = {
-    "no end token": no_end,
-    "4 bits": lambda folder: edit(folder, quantization_config=BITS),
-    "GPTQ": lambda folder: edit(folder, quantization_config=GPTQ),
-    "an adapter without its base": adapter_without_its_base,
-    "half a file": lambda f: rewrite(
-        f, "model.safetensors", lambda b: b[: len(b) // 2]
-    ),
-    "no config": lambda folder: rewrite(folder, "config.json", lambda b: b"{"),
-    "an unknown kind": lambda folder: edit(folder, model_type="of_tomorrow"),
-    "no user": lambda f: (f / "chat_template.jinja").write_text(NO_USER),
-    "a token too many": a_token_that_the_model_lacks,
-    "a classifier": other("gpt2, pads on the left", "SequenceClassification"),
-    "an encoder": other("an encoder", "MaskedLM"),
-    "BART": other("bart", "Seq2SeqLM"),
-    "T5": other("t5", "Seq2SeqLM"),
+MISTAKES = {  # and a word of the line that says why
+    "no end token": (no_end, "end"),
+    "4 bits": (lambda folder: edit(folder, quantization_config=BITS), "quantised"),
+    "an adapter without its base": (adapter_without_its_base, "base"),
+    "no weights": (without("model.safetensors"), "model.safetensors"),
+    "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
+    "half a file": (half_a_file, ""),
+    "no user": (lambda f: (f / "chat_template.jinja").write_text(NO_USER), "No!"),
+    "a token too many": (a_token_that_the_model_lacks, "tokenizer"),
+    "a classifier": (other("gpt2, pads on the left", CLASSIFIER), "score.weight"),
+    "an untied classifier": (other("llama 3, chat", CLASSIFIER), "lm_head.weight"),
+    "no head": (without_a_head, "lm_head.weight"),
+    "an encoder": (other("an encoder", "MaskedLM"), "tokens after"),
+    "BART": (other("bart", "Seq2SeqLM"), "encoder-decoder"),
 }
-WHY = {
-    "4 bits": "quantised",
-    "GPTQ": "quantised",
-    "an adapter without its base": "base",
-}
-WHY |= {"BART": "encoder-decoder", "T5": "encoder-decoder", "no end token": "end"}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -285,10 +313,21 @@ def test_a_policy_that_cannot_be_trained_is_refused_in_one_line_that_says_why(
     mistake, policy, tmp_path, monkeypatch
 ):
     folder = shutil.copytree(policy, tmp_path / "broken")
-    MISTAKES[mistake](folder)
+    spoil, why = MISTAKES[mistake]
+    spoil(folder)
     change_settings(monkeypatch, POLICY_MODEL_NAME=str(folder))
-    with pytest.raises(SystemExit) as end:
-        lesson.load_models()
-    line = end.value.code
-    assert isinstance(line, str) and "broken" in line and WHY.get(mistake, "") in line
-    assert "\n" not in line and len(line) < 600
+    fails_with(lesson.load_models, "broken", why)
+
+
+@pytest.mark.parametrize(
+    ("head", "why"),
+    [(CLASSIFIER, "2 outputs"), ("MaskedLM", "classifier")],
+)
+def test_a_reward_model_needs_a_trained_head_with_one_output(
+    policy, tmp_path, monkeypatch, head, why
+):
+    family = dataclasses.replace(REWARD_MODELS["deberta"], sizes={"num_labels": 2})
+    save(family, tmp_path / "broken", head)
+    names = {"POLICY_MODEL_NAME": str(policy), "REWARD_FUNCTION": None}
+    change_settings(monkeypatch, REWARD_MODEL_NAME=str(tmp_path / "broken"), **names)
+    fails_with(lesson.load_models, "broken", why)
