@@ -198,12 +198,6 @@ def test_the_expected_gradient_is_exactly_that_of_the_return_with(gamma, advanta
     assert torch.allclose(expected_gradient(gamma, advantages), exact, atol=1e-5)
 
 
-def test_without_gamma_to_the_t_it_is_the_gradient_of_neither_return():
-    expected = expected_gradient(0.5, lambda returns: returns - 0.7)
-    for gamma in (0.5, 1.0):  # the discounted return, and the plain sum of rewards
-        assert (expected - exact_gradient(gamma)).abs().max() > 0.05
-
-
 def test_the_error_of_the_batch_mean_as_a_baseline_falls_as_1_over_episodes():
     one, two, three = (
         expected_gradient(1.0, lesson.subtract_mean, episodes) - exact_gradient(1.0)
