@@ -139,44 +139,40 @@ def test_one_step_makes_a_good_action_more_likely_and_a_bad_one_less_likely():
         assert (after > 0.5) == (sign > 0)
 
 
-GAMES = list(itertools.product((0, 1), repeat=2))  # every way to play two_step_game
+# The policy in the three states of two_step_game, and every way to play it.
+LOGITS = torch.tensor([[1.5, -0.3], [-2.2, 0.6], [-1.1, -1.4]], requires_grad=True)
+GAMES = list(itertools.product((0, 1), repeat=2))
 
 
-def two_step_game(logits, actions):
+def two_step_game(actions):
     """A game of two steps: state 0, then state 1 + a_0. Log-probs and rewards (2,)."""
     first, second = actions
-    log_probs = logits.log_softmax(1)
+    log_probs = LOGITS.log_softmax(1)
     rewards = torch.tensor(
         [[1.0, -2.0][first], [[3.0, 0.0], [-1.0, 5.0]][first][second]]
     )
     return torch.stack([log_probs[0, first], log_probs[1 + first, second]]), rewards
 
 
-def some_logits():
-    """Logits (3, 2), one row for each state of two_step_game."""
-    logits = [[1.5410, -0.2934], [-2.1788, 0.5684], [-1.0845, -1.3986]]
-    return torch.tensor(logits, requires_grad=True)
-
-
 def exact_gradient(gamma):
     """The gradient of the expected discounted return, over every way to play."""
-    logits, objective = some_logits(), 0
+    objective = 0
     for game in GAMES:
-        log_probs, rewards = two_step_game(logits, game)
+        log_probs, rewards = two_step_game(game)
         objective += log_probs.sum().exp() * (rewards[0] + gamma * rewards[1])
-    return torch.autograd.grad(objective, logits)[0]
+    return torch.autograd.grad(objective, LOGITS)[0]
 
 
 def expected_gradient(gamma, advantages, episodes=1):
     """The mean of the lesson's sampled gradients, over every way to play a batch."""
-    logits, total = some_logits(), 0
+    total = 0
     for batch in itertools.product(GAMES, repeat=episodes):
-        played = [two_step_game(logits, game) for game in batch]
+        played = [two_step_game(game) for game in batch]
         log_probs, rewards = (torch.stack(p, 1) for p in zip(*played, strict=True))
         returns = lesson.returns_to_go(rewards, gamma).flatten()
         loss = lesson.reinforce_loss(log_probs.flatten(), advantages(returns))
         probability = log_probs.sum().exp().detach()
-        gradient = torch.autograd.grad(loss, logits)[0]
+        gradient = torch.autograd.grad(loss, LOGITS)[0]
         # The loss is a mean over 2 steps, and its minimum the objective's maximum.
         total += -2 * probability * gradient
     return total
