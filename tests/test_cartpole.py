@@ -88,6 +88,7 @@ class ExampleEnv:
         return np.zeros((2, 4), np.float32), {}
 
     def step(self, actions):
+        assert self.t < 3, "both episodes have ended"
         self.t += 1
         terminated, truncated = np.diag([self.t == 2, self.t == 3])
         return np.zeros((2, 4), np.float32), np.ones(2), terminated, truncated, {}
