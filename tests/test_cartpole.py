@@ -274,7 +274,6 @@ def test_each_update_is_that_of_newly_sampled_episodes_and_of_their_own_returns(
         (-(advantages * torch.stack(log_probs)).mean()).backward()
         for old, new in zip(before.parameters(), policy.parameters(), strict=True):
             assert torch.allclose((old - new) / 0.02, old.grad, atol=1e-4)
-    # With the same seed again, every batch would have the same starts.
     assert [batch["seed"] for batch in batches] == [5, None, None]
     assert not any(batch["greedy"] for batch in batches)
 
