@@ -18,19 +18,19 @@ From REINFORCE to PPO
     the slow part. PPO changes two things.
 
     1. Many gradient steps from one batch. PPO stores the probability that each action
-       had when it was taken. The *ratio* of its probability now to the stored one
-       corrects the average for what the policy has become since. It corrects how often
-       each action is taken, but not which states are visited, so it is right only while
-       the policy has changed little. So PPO stops pushing an action as soon as
-       its probability has moved by a fifth of itself, from 0.5 to 0.6 for example, in
-       the direction of the push (the *clip*).
+       had when it was taken. In the average, each action then counts with the *ratio*
+       of its probability now to the stored one: an action that has become twice as
+       likely counts twice. This corrects how often each action is taken, but not which
+       states are visited, so it is right only while the policy has changed little. So
+       PPO stops pushing an action as soon as its probability has moved by a fifth of
+       itself, from 0.5 to 0.6 for example, in the direction of the push (the *clip*).
     2. Episodes may be cut. PPO does not wait for the end of an episode. It plays 256
        steps, and where that cuts an episode, a second network, the *critic*, predicts
        the rest of the return. The episode goes on in the next batch. The critic also
        replaces the baseline of lesson 1: each action is no longer compared with one
        average for all states, but with V(s_t), the return that the critic expected in
-       its state. A baseline adds no bias to the gradient as long as it does not depend
-       on the action, and V(s_t) does not.
+       the state where it was taken. A baseline adds no bias to the gradient as long as
+       it does not depend on the action, and V(s_t) does not.
 
 The algorithm in 5 steps
     1. Make two networks that know nothing: the actor gives a probability for each
@@ -47,7 +47,8 @@ The algorithm in 5 steps
        step on this loss for each. Then lower the learning rate and go back to 2, until
        all steps are spent.
 
-Symbols (T steps, N copies, D = 8 numbers in an observation, K = 4 actions)
+Symbols (T steps, N copies, B = T * N rows when the two are merged, D = 8 numbers in an
+observation, K = 4 actions)
     s_t      observations  (T, N, D): position, velocity, angle, spin, two leg contacts
     a_t      actions       (T, N): 0 nothing, 1 left engine, 2 main, 3 right engine
     r_t      rewards       (T, N): of the step from s_t to s_{t+1}
@@ -58,7 +59,9 @@ Symbols (T steps, N copies, D = 8 numbers in an observation, K = 4 actions)
     A_t      advantages    (T, N): how much better it went after a_t than V(s_t) said
     G_t      returns       (T, N): V(s_t) + A_t, an estimate of the return, partly real
                            rewards and partly V: the target for the critic
-    rho_t    ratio         (B,): pi(a_t|s_t) now, over pi(a_t|s_t) when a_t was taken
+    pi_old                 the policy that played the rollout
+    rho_t    ratio         (B,): pi(a_t|s_t) over pi_old(a_t|s_t)
+    eps, gamma, lam        CLIP_EPS, GAMMA, GAE_LAMBDA
     The *agent* is actor and critic together. For learning, T and N are merged into one
     batch of B = T * N rows; in a minibatch, B is smaller. The networks work on B rows:
     the actor gives logits (B, K), whose softmax is pi, and the critic values (B,).
@@ -222,14 +225,14 @@ FINAL_RATE = 0.0
 
 # Discount: a reward one step later counts this much less, so the agent looks about
 # 1 / (1 - 0.995) = 200 steps ahead, which is the length of a landing. With a larger
-# value the agent gains little by landing soon. With a smaller one it does not see the
-# landing from far away. The advantages then contain less luck (less variance), but they
-# measure something other than the score, which is not discounted (bias).
+# value the agent gains little by landing soon. A smaller one makes the advantages less
+# noisy, but with it the agent does not see the landing from far away.
 GAMMA = 0.995
 
-# How much the surprises of later steps count in the advantage of a step: 0 not at all,
-# 1 fully. With a small value the errors of the critic mislead the actor (bias); near 1
-# the luck of single episodes does (variance). See `gae`.
+# From how many real rewards an advantage is made before the critic's prediction takes
+# over: with 0 from one, with 1 from all that the rollout has. With a small value the
+# errors of the critic mislead the actor; near 1 the luck of single episodes does.
+# `gae` explains it.
 GAE_LAMBDA = 0.98
 
 # How far the ratio may move from 1 before an action is not pushed any further. If it is
@@ -240,11 +243,11 @@ CLIP_EPS = 0.2
 # with too much, it never settles.
 ENTROPY_BONUS = 0.003
 
-# Weight of the critic's loss. Actor and critic share no weights, and the size of Adam's
-# steps does not depend on the scale of the gradient, so this weight does not change how
-# fast the critic learns. It matters only for MAX_GRAD_NORM, the next one, which treats
-# both networks as one: with a large weight, the actor's gradient is shortened by a
-# factor that depends on the critic's error in that minibatch.
+# Weight of the critic's loss. Actor and critic share no weights, and Adam evens out a
+# factor that is the same in all minibatches, so this weight does not change how fast
+# the critic learns. But MAX_GRAD_NORM, the next one, treats both networks as one: with
+# a large weight, it shortens the actor's gradient in just those minibatches in which
+# the critic's error is large, and Adam cannot even that out.
 VALUE_WEIGHT = 0.5
 
 # The gradient is scaled down when its norm, over both networks, exceeds this (gradient
@@ -375,7 +378,8 @@ def collect(envs: SyncVectorEnv, actor: nn.Module, observations: np.ndarray) -> 
     Returns the rollout, a dict of tensors: `observations` and `next_observations`
     (T, N, D), `actions`, `rewards`, `terminated` and `ended` (T, N); then the
     observations (N, D) where the copies stand now, from which the next rollout goes on;
-    and the (return, length) of each episode that ended.
+    and the (return, length) of each episode that ended. The probabilities of the
+    actions are not stored here: `make_batch` computes them, before any weight changes.
 
     An episode ends in one of two ways. It is *terminated* by a landing or a crash, and
     no reward can follow. Or it is *truncated* by the time limit of 1,000 steps, while
@@ -442,8 +446,9 @@ def gae(
     this step, or *TD error* (TD: temporal difference). It is positive if the step went
     better than the critic had predicted.
 
-    An action also has consequences later, so A_t adds up the surprises from t on. Two
-    of them make
+    delta_t contains the later consequences of the action only as far as the critic
+    foresees them, in V(s_{t+1}). What it did not foresee shows in the surprises of the
+    next steps. So A_t adds up the surprises from t on. Two of them make
 
         delta_t + gamma delta_{t+1} = r_t + gamma r_{t+1} + gamma^2 V(s_{t+2}) - V(s_t):
 
@@ -453,14 +458,15 @@ def gae(
     the episode or of the rollout.
 
     `lam` trades bias for variance.
-    * With lam = 0, A_t = delta_t. There is little noise in it, as only one step of
-      luck is in it, but it is as wrong as the critic is (bias).
+    * With lam = 0, A_t = delta_t. It has little noise, from the luck of a single step,
+      but it is as wrong as the critic is (bias).
     * With lam = 1 consider an episode that is cut k steps after t, by the rollout or by
       the time limit. Every V in between appears once with plus and once with minus, and
       A_t = r_t + gamma r_{t+1} + ... + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k})
-      - V(s_t). So only the last V can mislead, but the luck of all k steps is in A_t
-      (variance). After a termination even that last V is missing, and A_t + V(s_t) is
-      the return of REINFORCE.
+      - V(s_t). So only the last V can mislead (V(s_t) may be wrong as well, but it is a
+      baseline and adds no bias), but the luck of all k steps is in A_t (variance).
+      After a termination even that last V is missing, and A_t + V(s_t) is the return of
+      REINFORCE.
 
     Why there are two flags:
     * `terminated` cuts the bootstrap, V(s_{t+1}), because no reward can follow.
@@ -478,11 +484,12 @@ def gae(
                rewards    values    next_values  deltas        advantages
       copy 1   1, 1,  1   0, 2, 1   2, 6, 2      2, 2,    1    2.5, 2,  1
       copy 2   1, 2, -1   1, 0, 1   0, 1, 3      0, 2.5, -2    0.5, 2, -2
-    Within an episode, next_values[t] equals values[t+1]. Three entries differ: the 6 is
+    Within an episode, next_values[t] equals values[t+1]. Three entries are not in
+    values: the 6 is
     V of the last observation before the truncation (the 1 in values is already the new
-    episode), the 2 is V where the rollout was cut, and the 3 is V of the crash, which
-    the factor 1 - terminated removes. For instance, the truncated step of copy 1 has
-    delta = 1 + 0.5 * 6 - 2 = 2, and the step before it A = 2 + 0.25 * 2 = 2.5. The
+    episode), the last 2 is V where the rollout was cut, and the 3 is V of the crash,
+    which the factor 1 - terminated removes. For instance, the truncated step of copy 1
+    has delta = 1 + 0.5 * 6 - 2 = 2, and the step before it A = 2 + 0.25 * 2 = 2.5. The
     crash has delta = -1 - 1 = -2.
     """
     deltas = rewards + gamma * next_values * (1 - terminated) - values
@@ -647,8 +654,9 @@ def ppo_loss(agent: ActorCritic, batch: dict[str, Tensor]) -> Tensor:
     *Why rewards are scaled.* Unscaled returns reach +-200, but a fresh critic predicts
     values of size 1. Adam moves each weight by about LEARNING_RATE a step, however
     large the error is. So the critic lags behind returns that change as the policy
-    improves. It then explains mostly 20 to 80 % of the differences between returns (the
-    column `explained`), and a large part of the advantages is the critic's error.
+    improves. Without the scaling it explains mostly 20 to 80 % of the differences
+    between returns (the column `explained`), and a large part of the advantages is the
+    critic's error.
 
     In the worked example, take the first gradient step, with all six rows. The ratios
     are 1 and the normalised advantages 0 on average, so the first term is 0. Before any
