@@ -69,10 +69,8 @@ def edits(key):
         two = "\n\nTwo lines that were\nnot here before.\n\n#"
         yield "two lines added", (path, text.replace("\n\n#", two, 1))
         return
-    path, test = (
-        ROOT / LESSONS[key].scripts[0],
-        next(ROOT.glob(f"tests/test_{key}*.py")),
-    )
+    path = ROOT / LESSONS[key].scripts[0]
+    test = min(ROOT.glob(f"tests/test_{key}*.py"))
     text, rate = path.read_text(), RATE.get(key, "LEARNING_RATE")
     yield "a rate", (path, scaled(text, rate, 0.5))
     yield "a width", (path, scaled(text, WIDTH.get(key, "HIDDEN_UNITS"), 2))
@@ -92,7 +90,10 @@ def run_tests(key, folder, without):
     command = [sys.executable, "-m", "pytest", *map(str, files), "--junitxml=out.xml"]
     command += [f"--deselect={test}" for test in without]
     others = " or ".join(f"test_contract and {x}" for x in LESSONS if x != key)
-    subprocess.run([*command, "-k", f"not ({others})"], cwd=folder, capture_output=True)
+    command += ["-k", f"not ({others})"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if not (folder / "out.xml").exists():
+        sys.exit(done.stdout + done.stderr)
     for case in xml.parse(folder / "out.xml").iter("testcase"):
         file = case.get("classname").replace(".", "/") + ".py"
         red = any(child.tag in ("failure", "error") for child in case)
@@ -114,10 +115,9 @@ def main():
                     (copy / edit[0].relative_to(ROOT)).write_text(edit[1])
                 tests = list(run_tests(key, copy, without))
             red = [test for test, _, failed in tests if failed]
-            without = without or [
-                t for t, time, failed in tests if failed or time > SLOW
-            ]
-            print(f"{key:13}{name:22}{len(tests):5}{len(red):5}", *red, sep="\n    ")
+            without = without or [t for t, time, bad in tests if bad or time > SLOW]
+            row = f"{key:13}{name:22}{len(tests):5}{len(red):5}"
+            print(row, *red, sep="\n    ", flush=True)
 
 
 if __name__ == "__main__":

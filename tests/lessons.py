@@ -12,7 +12,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +30,7 @@ class Lesson:
 
     scripts: tuple[str, ...]  # the first one trains, the last one shows the result
     weights: dict[str, str]  # Setting with the path of a file: the function to load it
-    short: dict  # Settings for a run of seconds, too short to reach its aim
-    endless: dict  # Settings with which it would go on for hours
+    short: dict  # Settings for three updates or more, too few to reach its aim
     impossible: dict  # Settings of any of the scripts, and values that make no sense
     save_dir: str = ""  # Setting with the folder that is written instead of weights
     folders: tuple[str, ...] = ()  # what a copy of the scripts needs beside it
@@ -60,103 +58,52 @@ LESSONS = {
     "cartpole": Lesson(
         scripts=("train_cartpole.py", "cartpoleinference.py"),
         weights={"WEIGHTS_PATH": "load_policy"},
-        short={
-            "MAX_EPISODES": 32,
-            "EPISODES_PER_UPDATE": 8,
-            "REPORT_EVERY": 1,
-            "CHECK_EPISODES": 2,
-            "HELD_OUT_EPISODES": 2,
-        },
-        endless={"MAX_EPISODES": 10**8, "LEARNING_RATE": 1e-6},
+        short={"MAX_EPISODES": 64, "EPISODES_PER_UPDATE": 8, "REPORT_EVERY": 1}
+        | {"CHECK_EPISODES": 2, "HELD_OUT_EPISODES": 2},
         impossible=zero("MAX_EPISODES EPISODES_PER_UPDATE CHECK_EPISODES REPORT_EVERY")
         | zero("HELD_OUT_EPISODES HIDDEN_UNITS GIF_EVERY")
-        | {
-            "LEARNING_RATE": [-0.01, 0, NAN],
-            "GAMMA": [1.1, -0.1, NAN],
-            "SEED": [-1, 10**6],
-        },
+        | {"LEARNING_RATE": [-0.01, 0, NAN], "GAMMA": [1.1, -0.1, NAN]}
+        | {"SEED": [-1, 10**6]},
     ),
     "tictactoe": Lesson(
         scripts=("tictactoe_actorcritic.py", "tictactoe_env.py", "tictactoe_eval.py"),
         weights={"ACTOR_PATH": "load_actor", "CRITIC_PATH": "load_critic"},
-        short={
-            "NUM_UPDATES": 3,
-            "MAX_UPDATES": 3,
-            "REPORT_EVERY": 1,
-            "GAMES_PER_UPDATE": 64,
-        },
-        endless={"NUM_UPDATES": 10**8, "MAX_UPDATES": 10**8},
+        short={"NUM_UPDATES": 3, "MAX_UPDATES": 3, "REPORT_EVERY": 1}
+        | {"GAMES_PER_UPDATE": 64},
         impossible=zero("NUM_UPDATES REFRESH_EVERY REPORT_EVERY HIDDEN_UNITS")
-        | {
-            "MAX_UPDATES": [-1],
-            "LEARNING_RATE": [-0.01, 0, NAN],
-            "ENTROPY_BONUS": [-0.1, NAN],
-            "GAMES_PER_UPDATE": [1],
-            "MAX_RANDOM_CHANCE": [1.1, -0.1],
-            "LAST_SHARE": [0, 1.1],
-            "SEED": [-1, 500_000],
-        },
+        | {"MAX_UPDATES": [-1], "GAMES_PER_UPDATE": [1], "SEED": [-1, 500_000]}
+        | {"LEARNING_RATE": [-0.01, 0, NAN], "ENTROPY_BONUS": [-0.1, NAN]}
+        | {"MAX_RANDOM_CHANCE": [1.1, -0.1], "LAST_SHARE": [0, 1.1]},
     ),
     "lunarlander": Lesson(
         scripts=("lunarlander_ppo.py", "lunar_eval.py"),
         weights={"WEIGHTS_PATH": "load_agent"},
-        short={
-            "TOTAL_STEPS": 1_024,
-            "NUM_ENVS": 4,
-            "ROLLOUT_STEPS": 64,
-            "REPORT_EVERY": 1,
-            "HELD_OUT_EPISODES": 2,
-        },
-        endless={"TOTAL_STEPS": 10**10},
+        short={"TOTAL_STEPS": 1_024, "NUM_ENVS": 4, "ROLLOUT_STEPS": 64}
+        | {"REPORT_EVERY": 1, "HELD_OUT_EPISODES": 2},
         impossible=zero("NUM_ENVS ROLLOUT_STEPS EPOCHS MINIBATCH_SIZE REPORT_EVERY")
         | zero("CLIP_EPS MAX_GRAD_NORM REWARD_SCALE HIDDEN_UNITS HELD_OUT_EPISODES")
         | zero("GIF_EVERY")
-        | {
-            "LEARNING_RATE": [-0.01, 0, NAN],
-            "FINAL_RATE": [1.5, -0.1],
-            "TOTAL_STEPS": [0, 100],
-            "GAMMA": [1.1, NAN],
-            "GAE_LAMBDA": [-0.1, 1.1],
-            "ENTROPY_BONUS": [-1],
-            "VALUE_WEIGHT": [-1],
-            "SEED": [-1, 10**6],
-        },
+        | {"LEARNING_RATE": [-0.01, 0, NAN], "FINAL_RATE": [1.5, -0.1]}
+        | {"TOTAL_STEPS": [0, 100], "GAMMA": [1.1, NAN], "GAE_LAMBDA": [-0.1, 1.1]}
+        | {"ENTROPY_BONUS": [-1], "VALUE_WEIGHT": [-1], "SEED": [-1, 10**6]},
     ),
     "grpo": Lesson(
         scripts=("grpo_training.py",),
         weights={},
         save_dir="SAVE_DIR",
         folders=("grpo_tiny",),
-        short={
-            "DEVICE": "cpu",
-            "POLICY_MODEL_NAME": "grpo_tiny/policy",
-            "REWARD_MODEL_NAME": "grpo_tiny/reward",
-            "NUM_STEPS": 3,
-            "NUM_SAMPLES": 4,
-            "EVAL_SAMPLES": 2,
-            "MAX_NEW_TOKENS": 8,
-        },
-        endless={"NUM_STEPS": 10**8},
+        short={"POLICY_MODEL_NAME": "grpo_tiny/policy", "DEVICE": "cpu"}
+        | {"REWARD_MODEL_NAME": "grpo_tiny/reward", "NUM_STEPS": 3}
+        | {"NUM_SAMPLES": 4, "EVAL_SAMPLES": 2, "MAX_NEW_TOKENS": 8},
         impossible=zero("NUM_STEPS MAX_NEW_TOKENS INNER_STEPS MICRO_BATCH_SIZE")
         | zero("PROMPTS_PER_STEP REPORT_EVERY")
-        | {
-            "LR": [-1e-5, 0, 2, NAN],
-            "DEVICE": ["gpu"],
-            "PROMPTS": [[], "a text", [""], ["a text", " "]],
-            "EVAL_PROMPTS": [[], "a text"],
-            "NUM_SAMPLES": [1],
-            "EVAL_SAMPLES": [1],
-            "TOP_P": [0, 1.5],
-            "CLIP_EPS": [0, INF],
-            "TEMPERATURE": [0, NAN],
-            "KL_COEF": [-0.1, NAN],
-            "MAX_GRAD_NORM": [-1, 0],
-            "MIXED_PRECISION": ["fp16", None],
-            "LORA_RANK": [-1],
-            "SAVE_EVERY": [-1],
-            "SAVE_DIR": ["grpo_tiny", "grpo_tiny/new", ".", "tests"],
-            "SEED": [-1, 500_000],
-        },
+        | {"LR": [-1e-5, 0, 2, NAN], "DEVICE": ["gpu"], "EVAL_PROMPTS": [[], "a text"]}
+        | {"PROMPTS": [[], "a text", [""], ["a text", " "]]}
+        | {"NUM_SAMPLES": [1], "EVAL_SAMPLES": [1], "SEED": [-1, 500_000]}
+        | {"TOP_P": [0, 1.5], "CLIP_EPS": [0, INF], "TEMPERATURE": [0, NAN]}
+        | {"KL_COEF": [-0.1, NAN], "MAX_GRAD_NORM": [-1, 0], "LORA_RANK": [-1]}
+        | {"MIXED_PRECISION": ["fp16", None], "SAVE_EVERY": [-1]}
+        | {"SAVE_DIR": ["grpo_tiny", "grpo_tiny/new", ".", "tests"]},
     ),
 }
 
@@ -169,24 +116,22 @@ LESSONS = {
 @functools.cache
 def settings_in(text):
     """The Settings of a script: their names, and the code of their values."""
-    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
-    lines = [ast.get_source_segment(text, node).partition(" = ") for node in nodes]
-    return {n: value for n, _, value in lines if n.isupper() and n.isidentifier()}
+    lines, found = text.encode().splitlines(keepends=True), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign):
+            last = lines[node.end_lineno - 1][: node.end_col_offset]
+            code = b"".join([*lines[node.lineno - 1 : node.end_lineno - 1], last])
+            name, _, value = code.decode().partition(" = ")
+            if name.isupper() and name.isidentifier():
+                found[name] = value
+    return found
 
 
 def with_settings(text, **settings):
-    """The text of a script with other values of some Settings, whatever they are now.
-
-    A value may be a number, a text, a list or a Path.
-    """
+    """The text of a script with these values of its Settings, whatever they are now."""
     present = settings_in(text)
     for name, value in settings.items():
-        code = repr(value)
-        if isinstance(value, Path):
-            code = f"Path({str(value)!r})"
-        elif isinstance(value, float) and not math.isfinite(value):
-            code = f"float({str(value)!r})"
-        old, new = f"\n{name} = {present[name]}", f"\n{name} = {code}"
+        old, new = f"\n{name} = {present[name]}", f"\n{name} = {value!r}"
         assert text.count(old) == 1, name
         text = text.replace(old, new)
     return text
@@ -221,51 +166,20 @@ def quiet_environment(folder):
     }
 
 
-def start_copy(folder, lesson, command, cwd=None, **settings):
-    """Start `python command...` in a folder with an edited copy of the lesson."""
-    copy_lesson(folder, lesson, **settings)
-    return subprocess.Popen(
-        [sys.executable, "-u", *command],
-        cwd=cwd or folder,
-        env=quiet_environment(folder),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(program, line):
-    """Read what a program prints until it prints this line, or for five minutes."""
-    deadline = threading.Timer(300, program.kill)
-    deadline.start()
-    came = any(printed == f"{line}\n" for printed in program.stdout)
-    deadline.cancel()
-    assert came, f"{program.args} never printed {line}"
-
-
-def end_of(program):
-    """Wait for a program that was started; give its status and what it prints."""
-    with program:
-        try:
-            printed, errors = program.communicate(timeout=300)
-        finally:
-            program.kill()  # without effect, unless the deadline is over
-    code = program.returncode
-    return subprocess.CompletedProcess(program.args, code, printed, errors)
-
-
-def run_copy(folder, lesson, command, cwd=None, **settings):
+def run_copy(folder, lesson, command, **settings):
     """Run `python command...` in a folder with an edited copy of the lesson."""
-    return end_of(start_copy(folder, lesson, command, cwd, **settings))
+    copy_lesson(folder, lesson, **settings)
+    where = {"cwd": folder, "env": quiet_environment(folder)}
+    how = {"capture_output": True, "text": True, "timeout": 300}
+    program = [sys.executable, "-u", *command]
+    return subprocess.run(program, stdin=subprocess.DEVNULL, **how, **where)
 
 
 def assert_one_plain_line(done, *words):
     """The program ended with status 1 and one line on stderr that holds these words."""
     assert done.returncode == 1, (done.returncode, done.stderr)
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    for word in words:
-        assert word in done.stderr, (word, done.stderr)
+    assert all(word in done.stderr for word in words), done.stderr
 
 
 # ------------------------------------------------------------------------------------
@@ -290,13 +204,3 @@ def spy_on(monkeypatch, module, name):
 
     monkeypatch.setattr(module, name, spy)
     return calls
-
-
-class Bomb:
-    """Unpickling this would create the folder `boom`."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder / "boom"),)

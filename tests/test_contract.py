@@ -17,16 +17,7 @@ import pytest
 import torch
 import transformers
 from accelerate.test_utils.testing import AccelerateTestCase
-from lessons import (
-    LESSONS,
-    ROOT,
-    Bomb,
-    assert_one_plain_line,
-    end_of,
-    run_copy,
-    start_copy,
-    wait_for,
-)
+from lessons import LESSONS, ROOT, assert_one_plain_line, run_copy
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 EACH = pytest.mark.parametrize("lesson", LESSONS.values(), ids=LESSONS)
@@ -35,8 +26,11 @@ EACH = pytest.mark.parametrize("lesson", LESSONS.values(), ids=LESSONS)
 def every(*names, of):
     """A parametrised test over what of(lesson) gives for each lesson."""
     cases = [(key, case) for key in LESSONS for case in of(LESSONS[key])]
-    values = [(LESSONS[key], *case) for key, case in cases]
-    ids = ["-".join(map(str, (key, *case))) for key, case in cases]
+    cases = [
+        (key, *case) if type(case) is tuple else (key, case) for key, case in cases
+    ]
+    values = [(LESSONS[key], *case) for key, *case in cases]
+    ids = ["-".join(map(str, case)) for case in cases]
     return pytest.mark.parametrize(("lesson", *names), values, ids=ids)
 
 
@@ -84,10 +78,8 @@ def weights(lesson, folder, suffix=""):
     networks = [load(path) for load, path in zip(loaders, paths, strict=True)]
     assert len({getattr(network, "run", None) for network in networks}) == 1
     assert not list(folder.glob("*tmp*"))  # and nothing half-written lies around
-    tensors = [
-        tensor for network in networks for tensor in network.state_dict().values()
-    ]
-    return torch.cat([tensor.flatten() for tensor in tensors])
+    tensors = [t.flatten() for x in networks for t in x.state_dict().values()]
+    return torch.cat(tensors)
 
 
 def put_older_weights(lesson, folder):
@@ -123,6 +115,16 @@ def press(number):
     os.kill(os.getpid(), number)
 
 
+class Bomb:
+    """Unpickling this would create a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
 def fail(*positional, **named):
     """An error where nobody expected one, such as a full disk."""
     raise OSError("No space left on device")
@@ -138,15 +140,9 @@ def line_of_the_end(call):
 
 
 def finish(lesson):
-    """Run to the end: lessons 1 to 3 then miss their aim, lesson 4 has none to miss.
-
-    Gives the suffix of the files that such a run writes.
-    """
-    if lesson.save_dir:
-        try:
-            return lesson.module.main() or ""
-        except KeyboardInterrupt:
-            pytest.fail("a signal disturbed the run")
+    """Run to the end, and give the suffix of the files that such a run writes."""
+    if lesson.save_dir:  # lesson 4 has no aim to miss
+        return lesson.module.main() or ""
     line_of_the_end(lesson.module.main)
     return "_unsolved"
 
@@ -156,27 +152,51 @@ def finish(lesson):
 # ------------------------------------------------------------------------------------
 
 
-@EACH
-def test_importing_the_scripts_prints_nothing_and_writes_nothing(tmp_path, lesson):
-    names = ", ".join(script.removesuffix(".py") for script in lesson.scripts)
-    done = run_copy(tmp_path, lesson, ["-c", f"import {names}"])
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert len(list(tmp_path.iterdir())) == len(lesson.scripts + lesson.folders)
+PROGRAM = """
+import os, signal
+import {names}
+print(sorted(os.listdir()), flush=True)
+whole_train = {lesson}.train
+def train(*positional, **named):
+    for count, update in enumerate(whole_train(*positional, **named), 1):
+        yield update
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+{lesson}.train = train
+{lesson}.main()
+"""
 
 
-@every("script", of=lambda lesson: [(script,) for script in lesson.scripts])
+@pytest.fixture(scope="module", params=LESSONS.values(), ids=LESSONS)
+def program(request, tmp_path_factory):
+    """A lesson whose main() ran in a program of its own, until Ctrl-C was pressed."""
+    lesson, folder = request.param, tmp_path_factory.mktemp("program")
+    names = [script.removesuffix(".py") for script in lesson.scripts]
+    text = PROGRAM.format(names=", ".join(names), lesson=names[0])
+    done = run_copy(folder, lesson, ["-c", text], **lesson.short)
+    return types.SimpleNamespace(lesson=lesson, folder=folder, done=done)
+
+
+def test_importing_the_scripts_prints_nothing_and_writes_nothing(program):
+    files = sorted(program.lesson.scripts + program.lesson.folders)
+    assert program.done.stdout.splitlines()[:1] == [str(files)], program.done.stderr
+
+
+def test_ctrl_c_ends_a_program_with_one_line_and_keeps_the_run(program):
+    assert_one_plain_line(program.done)
+    assert len(weights(program.lesson, program.folder, "_interrupted"))
+    assert not any(path.exists() for path in places(program.lesson, program.folder))
+
+
+@every("script", of=lambda lesson: lesson.scripts)
 def test_a_line_is_printed_before_the_slow_imports(tmp_path, lesson, script):
-    run = (
-        "import runpy, sys; sys.modules['torch'] = None  # importing it fails at once\n"
-    )
+    run = "import runpy, sys; sys.modules['torch'] = None  # importing it fails\n"
     run += f"sys.path.insert(0, '.'); runpy.run_path({script!r}, run_name='__main__')"
     assert run_copy(tmp_path, lesson, ["-c", run]).stdout.strip()
 
 
 @every(
-    "name",
-    "value",
-    of=lambda x: [(n, v) for n in x.impossible for v in x.impossible[n]],
+    "name", "value", of=lambda x: [(n, v) for n, vs in x.impossible.items() for v in vs]
 )
 def test_an_impossible_setting_is_refused_before_anything_runs(
     prepared, tmp_path, capsys, lesson, name, value
@@ -196,7 +216,7 @@ def test_all_impossible_settings_are_named_in_one_line(prepared, lesson):
 
 
 @pytest.mark.parametrize("place", ["missing", "a file", "read-only"])
-@every("name", of=lambda lesson: [(name,) for name in lesson.paths])
+@every("name", of=lambda lesson: lesson.paths)
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_run(
     prepared, tmp_path, monkeypatch, capsys, lesson, name, place
 ):
@@ -228,9 +248,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_run(
 BAD = "missing", "damaged", "empty", "foreign", "other task", "nan", "inf", "code"
 
 
-@every(
-    "name", "bad", of=lambda lesson: [(n, bad) for n in lesson.weights for bad in BAD]
-)
+@every("name", "bad", of=lambda x: [(name, bad) for name in x.weights for bad in BAD])
 def test_weights_that_cannot_be_used_are_refused_in_one_line(
     tmp_path, lesson, name, bad
 ):
@@ -245,7 +263,7 @@ def test_weights_that_cannot_be_used_are_refused_in_one_line(
     elif bad == "other task":
         torch.save(checkpoint | {"env_id": "Other-v0"}, path)
     elif bad == "code":
-        torch.save(checkpoint | {"weights": Bomb(tmp_path)}, path)
+        torch.save(checkpoint | {"weights": Bomb(tmp_path / "boom")}, path)
     elif bad != "missing":
         next(iter(checkpoint["weights"].values())).view(-1)[0] = float(bad)
         torch.save(checkpoint, path)
@@ -255,7 +273,7 @@ def test_weights_that_cannot_be_used_are_refused_in_one_line(
     assert not (tmp_path / "boom").exists()
 
 
-@every("name", of=lambda lesson: [(name,) for name in lesson.weights])
+@every("name", of=lambda lesson: lesson.weights)
 def test_a_file_that_claims_a_huge_network_builds_what_it_holds(tmp_path, lesson, name):
     shipped = torch.load(ROOT / getattr(lesson.module, name).name, weights_only=True)
     torch.save(shipped | {"hidden_units": 10**12}, tmp_path / "big")
@@ -278,47 +296,43 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(prepared, tmp_path, le
 
 
 @every(of=lambda lesson: [()] if lesson.weights else [])
-def test_a_run_that_misses_its_aim_says_so_and_keeps_the_good_weights(tmp_path, lesson):
-    older = put_older_weights(lesson, tmp_path)
-    script = tmp_path / lesson.scripts[0]  # it writes beside itself, wherever it starts
-    done = run_copy(tmp_path, lesson, [script], cwd=tmp_path.parent, **lesson.short)
-    assert_one_plain_line(done)
-    assert contents(tmp_path).items() >= older.items()
-    assert len(weights(lesson, tmp_path, "_unsolved"))
-    for path in places(lesson, tmp_path, "_unsolved"):
-        assert str(path) in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("how", ["Ctrl-C", "the terminal is closed"])
-@EACH
-def test_a_run_that_is_stopped_is_kept_beside_the_good_weights(
-    prepared, tmp_path, lesson, how
+def test_a_run_that_misses_its_aim_says_so_and_keeps_the_good_weights(
+    prepared, tmp_path, capsys, lesson
 ):
     prepared(lesson)
     older = put_older_weights(lesson, tmp_path)
-    script = tmp_path / "signal_me.py"
-    script.write_text(f"""
-import {lesson.module.__name__} as lesson
-train = lesson.train
-def two_updates(*positional, **named):
-    for count, update in enumerate(train(*positional, **named), 1):
-        yield update
-        if count == 2:
-            print("NOW", flush=True)
-lesson.train = two_updates
-lesson.main()
-""")
-    settings = lesson.short | lesson.endless
-    program = start_copy(tmp_path, lesson, [script], **settings)
-    wait_for(program, "NOW")
-    if how == "Ctrl-C":
-        program.send_signal(signal.SIGINT)
-        assert_one_plain_line(end_of(program))
-    else:
-        program.stdout.close()  # nobody can read any more what it prints
-        program.stdout = None
-        program.send_signal(signal.SIGHUP)
-        assert end_of(program).returncode != 0
+    line = line_of_the_end(lesson.module.main)
+    assert contents(tmp_path).items() >= older.items()
+    assert len(weights(lesson, tmp_path, "_unsolved"))
+    printed = "".join(capsys.readouterr()) + line
+    for path in places(lesson, tmp_path, "_unsolved"):
+        assert str(path) in printed
+
+
+@every("name", of=lambda lesson: lesson.paths)
+def test_what_a_script_writes_lies_beside_it_wherever_it_is_started(lesson, name):
+    module = lesson.module_with(name)
+    folder = getattr(module, "HERE", Path())  # lesson 4 joins it with its Setting
+    assert folder / Path(getattr(module, name)).parent == ROOT
+
+
+@pytest.mark.parametrize("end", ["an error", "a closed terminal"])
+@EACH
+def test_a_run_that_ends_early_is_kept_beside_the_good_weights(
+    prepared, tmp_path, monkeypatch, lesson, end
+):
+    prepared(lesson)
+    older = put_older_weights(lesson, tmp_path)
+    monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
+
+    def close():
+        terminal.write = fail  # nobody can read any more what is printed
+        press(signal.SIGHUP)
+
+    after_two_updates(monkeypatch, lesson, fail if end == "an error" else close)
+    with pytest.raises((OSError, SystemExit)) as shown:
+        lesson.module.main()
+    assert end != "an error" or "No space left" in str(shown.value)
     assert len(weights(lesson, tmp_path, "_interrupted"))
     assert contents(tmp_path).items() >= older.items()
 
@@ -337,10 +351,9 @@ def test_no_signal_disturbs_the_writing_of_the_files(
 
         return call
 
-    model = transformers.PreTrainedModel
     for owner, name in [
         (torch, "save"),
-        (model, "save_pretrained"),
+        (transformers.PreTrainedModel, "save_pretrained"),
         (os, "replace"),
         (module, "draw_learning_curve"),
     ]:
@@ -355,19 +368,6 @@ def test_no_signal_disturbs_the_writing_of_the_files(
 
 
 @EACH
-def test_an_error_in_the_training_is_shown_and_keeps_the_run(
-    prepared, tmp_path, monkeypatch, lesson
-):
-    prepared(lesson)
-    older = put_older_weights(lesson, tmp_path)
-    after_two_updates(monkeypatch, lesson, fail)
-    with pytest.raises(OSError, match="No space left"):
-        lesson.module.main()
-    assert len(weights(lesson, tmp_path, "_interrupted"))
-    assert contents(tmp_path).items() >= older.items()
-
-
-@EACH
 def test_an_error_while_the_curve_is_drawn_loses_nothing(
     prepared, tmp_path, monkeypatch, capsys, lesson
 ):
@@ -376,7 +376,7 @@ def test_an_error_while_the_curve_is_drawn_loses_nothing(
     assert "No space left" in "".join(capsys.readouterr())
 
 
-@every("file", of=lambda lesson: [(i,) for i in range(len(lesson.weights) or 1)])
+@every("file", of=lambda lesson: range(len(lesson.weights) or 1))
 def test_a_full_disk_leaves_the_older_weights_whole(
     prepared, tmp_path, monkeypatch, lesson, file
 ):

@@ -10,9 +10,6 @@ this file. common.py lists the words that may follow the command. The parts:
     edits    Each edit of "Try this", and the lesson without a baseline, seeds 0-2.
 """
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 from common import ASSETS, run_main, run_parts
 from matplotlib.figure import Figure
@@ -22,12 +19,10 @@ import train_cartpole as lesson
 SEEDS = range(20)
 EDIT_SEEDS = range(3)
 EDIT_EPISODES = 1_500  # their budget
+SINGLE = {"EPISODES_PER_UPDATE": 1}
 EDITS = {
-    "EPISODES_PER_UPDATE = 1, LEARNING_RATE = 0.01": {
-        "EPISODES_PER_UPDATE": 1,
-        "LEARNING_RATE": 0.01,
-    },
-    "EPISODES_PER_UPDATE = 1": {"EPISODES_PER_UPDATE": 1},
+    "EPISODES_PER_UPDATE = 1, LEARNING_RATE = 0.01": SINGLE | {"LEARNING_RATE": 0.01},
+    "EPISODES_PER_UPDATE = 1": SINGLE,
     "GAMMA = 0.9": {"GAMMA": 0.9},
     "GAMMA = 1.0": {"GAMMA": 1.0},
     "LEARNING_RATE = 0.2": {"LEARNING_RATE": 0.2},
@@ -37,34 +32,27 @@ EDITS = {
 
 def train(seed: int, **changes) -> tuple[dict, list[float], list[str]]:
     """One run of the lesson's main(): figures, every score, and what it printed."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = {
-            "WEIGHTS_PATH": Path(folder, "w.pth"),
-            "CURVE_PATH": Path(folder, "c.png"),
-        }
-        scores, seconds, printed = run_main(lesson, SEED=seed, **files, **changes)
-        weights = next(Path(folder).glob("w*.pth"))
+    with run_main(lesson, SEED=seed, **changes) as run:
+        (weights,) = run.folder.iterdir()
         policy = lesson.load_policy(weights)
+    scores, means = run.history, running_mean(run.history)
     held_out = lesson.evaluate(policy, 100, lesson.HELD_OUT_SEED, greedy=True)
-    means = running_mean(scores)
     batch = changes.get("EPISODES_PER_UPDATE", lesson.EPISODES_PER_UPDATE)
-    solved = (  # the lesson looks at the mean after each batch of episodes
-        n
-        for n in range(batch, len(scores) + 1, batch)
-        if n >= 100 and means[n - 100] >= lesson.SOLVED_SCORE
-    )
+    # The lesson looks at the mean of the last 100 scores after each batch.
+    looks = [n for n in range(batch, len(scores) + 1, batch) if n >= 100]
+    solved = [n for n in looks if means[n - 100] >= lesson.SOLVED_SCORE]
     figures = {
         "seed": seed,
-        "episodes to 475": next(solved, None),
+        "episodes to 475": next(iter(solved), None),
         "episodes": len(scores),
         "best mean of 100": round(max(means), 2),
-        "seconds": round(seconds, 2),
-        "perfect": weights.stem == "w",
+        "seconds": round(run.seconds, 2),
+        "perfect": weights.name == lesson.WEIGHTS_PATH.name,
         "greedy mean": round(held_out.mean().item(), 2),
         "greedy minimum": held_out.min().item(),
     }
     print(figures, flush=True)
-    return figures, scores, printed
+    return figures, scores, run.printed
 
 
 def running_mean(scores: list[float]) -> list[float]:
@@ -99,14 +87,9 @@ def draw(curves: tuple[list[float], ...]) -> None:
     for scores in curves:
         running = running_mean(scores)
         axes.plot(range(100, 100 + len(running)), running, color="C0", alpha=0.5)
-    axes.axhline(
-        lesson.SOLVED_SCORE, color="green", linestyle="--", label="solved: 475"
-    )
-    axes.set(
-        title=f"REINFORCE on {lesson.ENV_ID}, seeds 0-{len(curves) - 1}",
-        xlabel="episode",
-        ylabel="steps balanced, mean of 100 episodes",
-    )
+    axes.axhline(lesson.SOLVED_SCORE, color="green", ls="--", label="solved: 475")
+    axes.set_title(f"REINFORCE on {lesson.ENV_ID}, seeds 0-{len(curves) - 1}")
+    axes.set(xlabel="episode", ylabel="steps balanced, mean of 100 episodes")
     axes.legend(loc="lower right")
     figure.savefig(ASSETS / "cartpole_learning_curves.png", dpi=120)
 

@@ -24,11 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,60 +37,60 @@ ASSETS = ROOT / "assets"
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 sys.path.insert(0, str(ROOT))  # where the benchmarks find the lessons
 
-# ------------------------------------------------------------------------------------
-# Running a lesson
-# ------------------------------------------------------------------------------------
-
 
 def patched(lesson: ModuleType, **settings) -> contextlib.AbstractContextManager:
     """Inside `with patched(lesson, SEED=1):` these names of the lesson are others."""
     return mock.patch.multiple(lesson, **settings)  # an unknown name is an error
 
 
-def run_main(lesson: ModuleType, **settings) -> tuple[list, float, list[str]]:
-    """Run the lesson's own main() without a word on the screen.
+@contextlib.contextmanager
+def run_main(lesson: ModuleType, **settings) -> Iterator[SimpleNamespace]:
+    """Run the lesson's own main() without a word on the screen; the `with` has its run.
 
-    Gives the history from which the lesson would draw its learning curve, the seconds
-    of this process (other programs do not count), and the lines that it printed,
-    without the names of temporary files. A run that misses its aim ends main() with
-    SystemExit; it counts like any other. One that was stopped does not.
+    That is the `history` from which the lesson would draw its learning curve, the
+    `seconds` of this process (other programs do not count), the lines that were
+    `printed`, without the names of temporary files, and the `folder` with what it
+    wrote, until the `with` ends. A run that misses its aim counts like any other. One
+    that was stopped, or was refused, ends the benchmark.
     """
     history, printed = [], io.StringIO()
-    settings = {
-        "draw_learning_curve": lambda curve, _: history.extend(curve)
-    } | settings
+    edits = {"draw_learning_curve": lambda curve, _: history.extend(curve)}
     if hasattr(lesson, "WATCH_EVERY"):
-        settings = {"WATCH_EVERY": 0} | settings
-    start = time.process_time()
-    with (
-        patched(lesson, **settings),
-        contextlib.redirect_stdout(printed),
-        contextlib.suppress(SystemExit),
-    ):
-        lesson.main()
-    seconds, lines = time.process_time() - start, printed.getvalue().splitlines()
-    folders = {x.parent for x in settings.values() if isinstance(x, Path)}
-    if any([*folder.glob("*_interrupted*")] for folder in folders):
-        raise KeyboardInterrupt  # main() heard it and ended, so it must be passed on
-    return history, seconds, [x for x in lines if tempfile.gettempdir() not in x]
+        edits["WATCH_EVERY"] = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name, value in vars(lesson).items():
+            if name.endswith(("_PATH", "_DIR")):
+                edits[name] = Path(folder, Path(value).name)
+        start = time.process_time()
+        with patched(lesson, **edits | settings), contextlib.redirect_stdout(printed):
+            try:
+                lesson.main()
+            except SystemExit:
+                if not [*Path(folder).glob("*_unsolved*")]:
+                    raise
+        run = SimpleNamespace(history=history, folder=Path(folder))
+        run.seconds = time.process_time() - start
+        lines = printed.getvalue().splitlines()
+        run.printed = [x for x in lines if tempfile.gettempdir() not in x]
+        yield run
+
+
+def real_model() -> str:
+    """The folder of the pretrained model, which a variable of the shell must name."""
+    folder = Path(os.environ.get("REAL_MODEL", "no folder")).absolute()
+    if not folder.is_dir():
+        sys.exit("REAL_MODEL must name a folder: the first lines of grpo.py say how.")
+    return str(folder)
 
 
 def in_own_process(function: Callable, *arguments: object) -> dict:
-    """Call a function of the running script in a new process: nothing is left over.
-
-    The script must name the function in run_parts(..., rows=[...]).
-    """
+    """Call a function of the running script in a new process: nothing is left over."""
     words = ["row", function.__name__, json.dumps(arguments)]
     command = [sys.executable, sys.argv[0], *words]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-# ------------------------------------------------------------------------------------
-# Where a result comes from
-# ------------------------------------------------------------------------------------
 
 
 def code_hash(source: str) -> str:
@@ -145,11 +145,6 @@ def versions(packages: list[str]) -> dict:
     return found
 
 
-# ------------------------------------------------------------------------------------
-# Keeping results
-# ------------------------------------------------------------------------------------
-
-
 def read_results(name: str) -> dict:
     """The parts in results/NAME.json; none if it is not there."""
     path = RESULTS / f"{name}.json"
@@ -173,19 +168,15 @@ def is_due(origin: dict | None, word: str) -> bool:
 
 
 def run_parts(
-    scripts: list[str],
-    packages: list[str],
-    parts: dict[str, Callable[[], dict]],
-    rows: tuple[Callable[..., dict], ...] = (),
+    scripts: list[str], packages: list[str], parts: dict[str, Callable[[], dict]]
 ) -> None:
     """Run the parts that the command names, or all, and store what each returns.
 
-    `scripts` are the lesson's files that the results depend on, relative to the top;
-    `rows` are the functions that parts call with in_own_process().
+    `scripts` are the lesson's files that the results depend on, relative to the top.
     """
     name, words = Path(sys.argv[0]).stem, sys.argv[1:]
-    if words[:1] == ["row"]:
-        function = next(each for each in rows if each.__name__ == words[1])
+    if words[:1] == ["row"]:  # this is the new process of in_own_process()
+        function = getattr(sys.modules["__main__"], words[1])
         print("\n" + json.dumps(function(*json.loads(words[2]))))
         return
     if unknown := [w for w in words if w not in {*parts, "stale"} and not DAY.match(w)]:
@@ -200,12 +191,8 @@ def run_parts(
         # Taken before the measurement: the file may be edited while it runs.
         code, day, start = code_of(scripts), date.today().isoformat(), time.time()
         data = measure()
-        origin = {
-            "date": day,
-            "minutes": round((time.time() - start) / 60, 1),
-            "command": f"python tests/benchmarks/{name}.py {part}",
-            "machine": machine(),
-            "versions": versions(packages),
-            "code": code,
-        }
+        minutes = round((time.time() - start) / 60, 1)
+        origin = {"date": day, "minutes": minutes}
+        origin["command"] = f"python tests/benchmarks/{name}.py {part}"
+        origin |= {"machine": machine(), "versions": versions(packages), "code": code}
         write_results(name, part, data, origin)

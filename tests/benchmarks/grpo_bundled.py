@@ -21,14 +21,15 @@ may follow the command. The parts, 25 minutes on one core in all:
 import functools
 import gzip
 import json
-import os
 import statistics
 import sys
-import tempfile
-import time
-from pathlib import Path
 
-from common import ROOT, in_own_process, patched, run_parts
+import torch
+import transformers
+from common import ROOT, in_own_process, real_model, run_main, run_parts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grpo_training as lesson
 
 TINY = ROOT / "grpo_tiny"
 SEEDS, SEEN_SEEDS = range(10, 15), range(5)
@@ -40,12 +41,8 @@ EDITS = {
     "KL_COEF = 0.4": {"KL_COEF": 0.4},
 }
 TRAINED = "Explain why regular exercise is important."
-OTHERS = [
-    "Explain why sleep is important.",
-    "Explain why music is important.",
-    "Explain why clean water is important.",
-    "Why does friendship matter?",
-]
+OTHERS = [f"Explain why {x} is important." for x in ("sleep", "music", "clean water")]
+OTHERS.append("Why does friendship matter?")
 SAMPLES, OTHER_SAMPLES = 256, 32
 FRESH_SEED = 2_000_000  # neither the lesson's training nor its evaluation samples here
 
@@ -62,53 +59,36 @@ def held_out_prompts() -> list[str]:
 @functools.cache
 def reward_model() -> tuple:
     """The bundled reward model and its tokenizer."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    model = AutoModelForSequenceClassification.from_pretrained(TINY / "reward")
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(TINY / "reward")
     return model.eval(), AutoTokenizer.from_pretrained(TINY / "reward")
 
 
 def score(prompt: str, texts: list[str]) -> list[float]:
     """The reward model's score of each response to a prompt."""
-    import torch
-
     model, tokenizer = reward_model()
-    pairs = tokenizer(
-        [prompt] * len(texts),
-        texts,
-        truncation="only_second",
-        max_length=model.config.max_position_embeddings,
-        padding=True,
-        return_tensors="pt",
-    )
+    how = {"truncation": "only_second", "padding": True, "return_tensors": "pt"}
+    how["max_length"] = model.config.max_position_embeddings
+    pairs = tokenizer([prompt] * len(texts), texts, **how)
     with torch.no_grad():
         return model(**pairs).logits[:, 0].tolist()
 
 
 def measure(policy_folder: str) -> dict:
     """Fresh responses of a policy to every prompt, and their rewards."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import grpo_training as lesson
-
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     policy = AutoModelForCausalLM.from_pretrained(policy_folder).eval()
     end, found = tokenizer.eos_token_id, {}
+    sampling = {"do_sample": True, "top_k": 0, "pad_token_id": end}
+    sampling |= {"temperature": lesson.TEMPERATURE, "top_p": lesson.TOP_P}
+    sampling["max_new_tokens"] = lesson.MAX_NEW_TOKENS
     for prompt in [TRAINED, *OTHERS, *held_out_prompts()]:
         torch.manual_seed(FRESH_SEED)
         inputs = tokenizer(prompt, return_tensors="pt")
-        ids = policy.generate(
-            **inputs,
-            do_sample=True,
-            temperature=lesson.TEMPERATURE,
-            top_p=lesson.TOP_P,
-            top_k=0,
-            max_new_tokens=lesson.MAX_NEW_TOKENS,
-            num_return_sequences=SAMPLES if prompt == TRAINED else OTHER_SAMPLES,
-            pad_token_id=end,
-        )[:, inputs.input_ids.shape[1] :]
+        samples = SAMPLES if prompt == TRAINED else OTHER_SAMPLES
+        ids = policy.generate(**inputs, **sampling, num_return_sequences=samples)
+        ids = ids[:, inputs.input_ids.shape[1] :]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         lengths = (ids != end).sum(1)
         found[prompt] = {
@@ -122,20 +102,11 @@ def measure(policy_folder: str) -> dict:
 
 def run(seed: int, settings: dict) -> dict:
     """The lesson's main() on the two models, then `measure` of the saved policy."""
-    import grpo_training as lesson
-
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "POLICY_MODEL_NAME": str(TINY / "policy"),
-            "REWARD_MODEL_NAME": str(TINY / "reward"),
-            "SAVE_DIR": f"{folder}/trained_model",
-            "SEED": seed,
-        } | settings
-        started = time.process_time()  # of this process, whatever else is running
-        with patched(lesson, **settings):
-            lesson.main()
-        seconds = time.process_time() - started
-        return {"CPU seconds": seconds} | measure(settings["SAVE_DIR"])
+    models = {"POLICY_MODEL_NAME": str(TINY / "policy")}
+    models |= {"REWARD_MODEL_NAME": str(TINY / "reward")}
+    with run_main(lesson, SEED=seed, **models, **settings) as done:
+        (folder,) = done.folder.iterdir()
+        return {"CPU seconds": done.seconds} | measure(str(folder))
 
 
 def pairwise() -> dict:
@@ -153,17 +124,11 @@ def pairwise() -> dict:
 
 def judge(texts: list[str]) -> float:
     """The teacher's mean log-likelihood of responses to TRAINED, in nats a token."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(os.environ["REAL_MODEL"])
-    teacher = AutoModelForCausalLM.from_pretrained(
-        os.environ["REAL_MODEL"], dtype=torch.bfloat16
-    ).eval()
-    chat = [{"role": "user", "content": TRAINED}]
-    start = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, tokenize=False
-    )
+    folder = real_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    chat, how = [{"role": "user", "content": TRAINED}], {"add_generation_prompt": True}
+    start = tokenizer.apply_chat_template(chat, tokenize=False, **how)
     start, results = tokenizer(start).input_ids, []
     rows = sorted((tokenizer(text).input_ids for text in texts if text), key=len)
     for i in range(0, len(rows), 16):
@@ -173,9 +138,8 @@ def judge(texts: list[str]) -> float:
         with torch.no_grad():
             logits = teacher(ids, logits_to_keep=longest + 1).logits[:, :-1].float()
         log_probs = logits.log_softmax(2).gather(2, ids[:, -longest:, None])[..., 0]
-        results += [
-            x[: len(row)].mean().item() for x, row in zip(log_probs, part, strict=True)
-        ]
+        for row, scores in zip(part, log_probs, strict=True):
+            results.append(scores[: len(row)].mean().item())
     return statistics.mean(results)
 
 
@@ -241,19 +205,17 @@ def train(seed: int, settings: dict) -> tuple[dict, list[str]]:
 def pairs() -> dict:
     """Pairwise accuracy of the reward model, in percent."""
     shares = in_own_process(pairwise)
-    return {
-        "summary": shares | {"all flaws": round(statistics.mean(shares.values()), 2)}
-    }
+    shares["all flaws"] = round(statistics.mean(shares.values()), 2)
+    return {"summary": shares}
 
 
 def seeds() -> dict:
     """Every held-out seed with the default settings."""
     runs, texts = zip(*(train(seed, {}) for seed in SEEDS), strict=True)
     summary = {f"{name} before": value for name, value in start().items()}
-    found = {"before": before()[TRAINED]["texts"][:10], "after": texts[0]}
-    return {"summary": summary, "runs": runs} | {
-        k: {"texts": v} for k, v in found.items()
-    }
+    first = {"before": {"texts": before()[TRAINED]["texts"][:10]}}
+    first["after"] = {"texts": texts[0]}
+    return {"summary": summary, "runs": runs, **first}
 
 
 def edits() -> dict:
@@ -265,11 +227,6 @@ def edits() -> dict:
 
 
 if __name__ == "__main__":
-    if not Path(os.environ.get("REAL_MODEL", "no folder")).is_dir():
-        sys.exit("REAL_MODEL must name the judge's folder: see grpo.py.")
-    run_parts(
-        ["grpo_training.py"],
-        ["torch", "transformers", "accelerate"],
-        {"pairs": pairs, "seeds": seeds, "edits": edits},
-        rows=(measure, run, pairwise),
-    )
+    real_model()  # or there would be no judge
+    parts = {"pairs": pairs, "seeds": seeds, "edits": edits}
+    run_parts(["grpo_training.py"], ["torch", "transformers", "accelerate"], parts)

@@ -10,10 +10,7 @@ assets/lunarlander_learning_curves.png. common.py lists the words that may follo
 command. The parts:
 
     seeds     Seeds 0-9: the score, and what part of the time the environments take,
-              measured in two ways: inside the run, around each call of their step; and
-              before and after it, by stepping as many of them with random actions and
-              nothing else (such flights crash soon; the simulation of a lander on the
-              ground takes longer).
+              measured around each call of their step.
     own       stable-baselines3's PPO with the lesson's own settings, read from its
               constants: this compares the two implementations.
     zoo       stable-baselines3's PPO with RL Zoo's settings for this environment, and
@@ -28,15 +25,14 @@ import copy
 import hashlib
 import itertools
 import statistics
-import tempfile
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
 import stable_baselines3
 import torch
-from common import ASSETS, read_results, run_main, run_parts
+from common import ASSETS, patched, read_results, run_main, run_parts
 from matplotlib.figure import Figure
 from stable_baselines3.common.env_util import make_vec_env
 from torch import nn
@@ -44,112 +40,74 @@ from torch import nn
 import lunarlander_ppo as lesson
 
 SEEDS = range(10)
-STEPPING_STEPS = 100_000  # random steps before and as many after each run
+HELD_OUT = lesson.HELD_OUT_EPISODES, lesson.HELD_OUT_SEED
 SNAPSHOT_EVERY = 4  # updates between two looks at how good the agent was by then
 CURVE_EVERY = 10_000  # steps between two points of a learning curve
 LIBRARY_SEED = 0
 ZOO_STEPS = 1_000_000
+ZOO = {"n_steps": 1024, "batch_size": 64, "n_epochs": 4}
+ZOO |= {"gamma": 0.999, "gae_lambda": 0.98, "ent_coef": 0.01}
 FRONTIER = (200_000, 300_000, 400_000)  # steps, below those of the settings
 FRONTIER_RATES = (0.0, 1.0)  # FINAL_RATE: the learning rate falls to 0, or never
 SCRIPTS = ["lunarlander_ppo.py"]
 PACKAGES = ["torch", "gymnasium", "numpy", "stable-baselines3"]
 
 
-def stepping_seconds(steps: int, seed: int) -> float:
-    """Seconds that stepping alone takes: random actions drawn beforehand, no network.
+def watched(snapshots: list):
+    """The lesson's train() with a stopwatch, and with a snapshot after each update.
 
-    Random flights are short (about 95 steps), so that this has its share of resets.
+    That is the seconds of training so far, those inside env.step, and the actor.
     """
-    envs = lesson.make_envs(lesson.NUM_ENVS)
-    envs.reset(seed=seed)
-    rows = steps // lesson.NUM_ENVS
-    actions = np.random.default_rng(seed).integers(4, size=(rows, lesson.NUM_ENVS))
-    start = time.process_time()
-    for row in actions:
-        envs.step(row)
-    return time.process_time() - start
+    whole_train = lesson.train
 
-
-class Recorder:
-    """Watches a run of the lesson's main() from outside, and times its parts."""
-
-    def __init__(self) -> None:
-        self.in_step, self.updates, self.snapshots = 0.0, 0, []
-        self.start, self.seconds, self.scores = time.process_time(), None, None
-
-    def make_envs(self, copies: int):
-        """The lesson's environments, with the time that is spent in step added up."""
-        envs = originals["make_envs"](copies)
-        step = envs.step
+    def train(agent, envs):
+        start, step, in_step = time.process_time(), envs.step, 0.0
 
         def timed_step(actions):
-            start = time.process_time()
+            nonlocal in_step
+            began = time.process_time()
             result = step(actions)
-            self.in_step += time.process_time() - start
+            in_step += time.process_time() - began
             return result
 
         envs.step = timed_step
-        return envs
+        for results in whole_train(agent, envs):
+            yield results
+            seconds = time.process_time() - start
+            snapshots.append((seconds, in_step, copy.deepcopy(agent.actor)))
 
-    def collect(self, envs, actor, *others):
-        """Keep a copy of the actor, and when it was, every so many updates."""
-        if self.updates % SNAPSHOT_EVERY == 0:
-            seconds = time.process_time() - self.start
-            self.snapshots.append((seconds, copy.deepcopy(actor)))
-        self.updates += 1
-        return originals["collect"](envs, actor, *others)
-
-    def evaluate(self, policy, episodes, first_seed, greedy):
-        """The training is over when the lesson evaluates."""
-        self.seconds = time.process_time() - self.start
-        self.scores = originals["evaluate"](policy, episodes, first_seed, greedy)
-        return self.scores
+    return train
 
 
-originals = {
-    name: getattr(lesson, name) for name in ("make_envs", "collect", "evaluate")
-}
-
-
-def train(seed: int, **changes) -> tuple[dict, Recorder, list, list]:
+def train(seed: int, **changes) -> tuple[dict, list, SimpleNamespace]:
     """One run of the lesson's main(), with `changes` of the lesson's names.
 
-    Gives the figures for the table, the recorder, the history of the episodes and what
-    was printed. The fingerprint is that of the weights: whoever trains the same seed on
-    the same machine gets the same one.
+    Gives the figures for the table, the snapshots of `watched` and what run_main()
+    gives. The fingerprint is that of the weights: whoever trains the same seed on the
+    same machine gets the same one.
     """
-    torch.set_num_threads(1)
-    recorder = Recorder()
-    watched = {name: getattr(recorder, name) for name in originals}
-    with tempfile.TemporaryDirectory() as folder:
-        files = {
-            "WEIGHTS_PATH": Path(folder, "w.pt"),
-            "CURVE_PATH": Path(folder, "c.png"),
-        }
-        history, _, printed = run_main(
-            lesson, SEED=seed, **{**files, **watched, **changes}
-        )
-        weights = torch.load(next(Path(folder).glob("w*.pt")), weights_only=True)
-    agent = changes.get("ActorCritic", lesson.ActorCritic)(weights["hidden_units"])
-    agent.load_state_dict(weights["weights"])
-    sampled, _ = lesson.evaluate(agent.actor, *held_out(), greedy=False)
-    scores, crashed = recorder.scores
+    snapshots, edits = [], {"SEED": seed} | changes
+    with run_main(lesson, train=watched(snapshots), **edits) as run:
+        (path,) = run.folder.iterdir()
+        checkpoint = torch.load(path, weights_only=True)
+        with patched(lesson, **edits):
+            agent = lesson.load_agent(path)
+    scores, crashed = lesson.evaluate(agent.actor, *HELD_OUT, greedy=True)
+    sampled, _ = lesson.evaluate(agent.actor, *HELD_OUT, greedy=False)
+    seconds, in_step, _ = snapshots[-1]
+    numbers = torch.cat([x.flatten() for x in checkpoint["weights"].values()])
+    digest = hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
     figures = {
         "seed": seed,
-        "steps": weights["steps"],
-        "seconds": round(recorder.seconds, 2),
-        "seconds inside env.step": round(recorder.in_step, 2),
+        "steps": checkpoint["steps"],
+        "seconds": round(seconds, 2),
+        "seconds inside env.step": round(in_step, 2),
         **greedy_figures(scores),
         "greedy crashes": int(crashed.sum()),
         "sampled mean": round(float(sampled.mean()), 2),
-        "fingerprint": fingerprint(weights["weights"]),
+        "fingerprint": digest[:16],
     }
-    return figures, recorder, history, printed
-
-
-def held_out() -> tuple[int, int]:
-    """How many held-out episodes there are, and the seed of the first."""
-    return lesson.HELD_OUT_EPISODES, lesson.HELD_OUT_SEED
+    return figures, snapshots, run
 
 
 def greedy_figures(scores: np.ndarray) -> dict:
@@ -162,17 +120,10 @@ def greedy_figures(scores: np.ndarray) -> dict:
     }
 
 
-def fingerprint(weights: dict[str, torch.Tensor]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of all weights, in order."""
-    numbers = torch.cat([tensor.flatten() for tensor in weights.values()])
-    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()[:16]
-
-
 def train_library(envs, steps: int, **settings) -> dict:
     """stable-baselines3's PPO with these settings; its figures."""
-    model = stable_baselines3.PPO(
-        "MlpPolicy", envs, seed=LIBRARY_SEED, device="cpu", **settings
-    )
+    settings |= {"seed": LIBRARY_SEED, "device": "cpu"}
+    model = stable_baselines3.PPO("MlpPolicy", envs, **settings)
     start = time.process_time()
     model.learn(steps)
     seconds = time.process_time() - start
@@ -180,19 +131,16 @@ def train_library(envs, steps: int, **settings) -> dict:
     def policy(observations: torch.Tensor) -> torch.Tensor:
         return model.policy.get_distribution(observations).distribution.logits
 
-    scores, _ = lesson.evaluate(policy, *held_out(), greedy=True)
-    return {
-        "seed": LIBRARY_SEED,
-        "steps": model.num_timesteps,
-        "seconds": round(seconds, 1),
-        **greedy_figures(scores),
-    }
+    scores, _ = lesson.evaluate(policy, *HELD_OUT, greedy=True)
+    figures = {"trainer": "stable-baselines3", "seed": LIBRARY_SEED}
+    figures |= {"steps": model.num_timesteps, "seconds": round(seconds, 1)}
+    return figures | greedy_figures(scores)
 
 
 def library_with_the_lessons_settings() -> dict:
     """Every setting of the lesson that the library has too, by its name there."""
     rows = lesson.NUM_ENVS * lesson.ROLLOUT_STEPS
-    width = [lesson.HIDDEN_UNITS] * 2
+    layers = {"pi": [lesson.HIDDEN_UNITS] * 2, "vf": [lesson.HIDDEN_UNITS] * 2}
 
     def rate(steps_left: float) -> float:
         falls = (1 - lesson.FINAL_RATE) * steps_left
@@ -218,31 +166,14 @@ def library_with_the_lessons_settings() -> dict:
         ent_coef=lesson.ENTROPY_BONUS,
         vf_coef=lesson.VALUE_WEIGHT,
         max_grad_norm=lesson.MAX_GRAD_NORM,
-        policy_kwargs={
-            "activation_fn": nn.ReLU,
-            "net_arch": {"pi": width, "vf": width},
-        },
+        policy_kwargs={"activation_fn": nn.ReLU, "net_arch": layers},
     )
 
 
-def library_with_rl_zoos_settings() -> dict:
-    """RL Zoo's settings for LunarLander-v3."""
-    return train_library(
-        make_vec_env(lesson.ENV_ID, n_envs=16, seed=LIBRARY_SEED),
-        ZOO_STEPS,
-        n_steps=1024,
-        batch_size=64,
-        n_epochs=4,
-        gamma=0.999,
-        gae_lambda=0.98,
-        ent_coef=0.01,
-    )
-
-
-def first_time_at(recorder: Recorder, score: float) -> float | None:
+def first_time_at(snapshots: list, score: float) -> float | None:
     """Seconds of training after which the greedy score first reached this, if ever."""
-    for seconds, actor in recorder.snapshots:
-        scores, _ = lesson.evaluate(actor, *held_out(), greedy=True)
+    for seconds, _, actor in snapshots[::SNAPSHOT_EVERY]:
+        scores, _ = lesson.evaluate(actor, *HELD_OUT, greedy=True)
         if scores.mean() >= score:
             return round(seconds, 1)
     return None
@@ -274,45 +205,34 @@ def draw() -> None:
             label = f"trained for so many steps, FINAL_RATE = {rate:g}: {kind}"
             if marks:
                 axes.plot(*zip(*marks, strict=True), marker, color=color, label=label)
-    axes.axhline(
-        lesson.SOLVED_SCORE, color="green", linestyle="--", label="solved: 200"
-    )
-    axes.set(
-        title=f"PPO on {lesson.ENV_ID}, seeds 0-{len(runs) - 1}",
-        xlabel="steps",
-        ylabel="return, mean of 100 episodes",
-    )
+    axes.axhline(lesson.SOLVED_SCORE, color="green", ls="--", label="solved: 200")
+    axes.set_title(f"PPO on {lesson.ENV_ID}, seeds 0-{len(runs) - 1}")
+    axes.set(xlabel="steps", ylabel="return, mean of 100 episodes")
     axes.legend(loc="lower right")
     figure.savefig(ASSETS / "lunarlander_learning_curves.png", dpi=120)
 
 
-def measure_seed(seed: int) -> dict:
-    """One run, between two looks at stepping alone."""
-    alone = stepping_seconds(STEPPING_STEPS, seed)
-    figures, _, history, printed = train(seed)
-    alone += stepping_seconds(STEPPING_STEPS, seed)
-    alone *= figures["steps"] / (2 * STEPPING_STEPS)
-    figures |= {
-        "seconds of stepping alone": round(alone, 2),
-        "times stepping alone": round(figures["seconds"] / alone, 2),
-        "times its own stepping": round(
-            figures["seconds"] / figures["seconds inside env.step"], 2
-        ),
+def summary_of(runs: list[dict], mean: str, share: str) -> dict:
+    """The mean score of several runs, and the share of all episodes that are solved."""
+    solved = sum(run["greedy episodes >= 200"] for run in runs)
+    return {
+        mean: round(statistics.mean(run["greedy mean"] for run in runs), 1),
+        share: solved / len(runs) / lesson.HELD_OUT_EPISODES,
     }
-    print(figures, flush=True)
-    return figures | {"curve": curve(history), "printed": printed}
 
 
 def seeds() -> dict:
     """Every seed with today's settings."""
-    runs = [measure_seed(seed) for seed in SEEDS]
-    solved = sum(run["greedy episodes >= 200"] for run in runs)
-    summary = {
-        "seeds": len(runs),
-        "mean of the seeds": round(statistics.mean(r["greedy mean"] for r in runs), 1),
-        "share of all episodes >= 200": solved / len(runs) / lesson.HELD_OUT_EPISODES,
-    }
-    printed = [run.pop("printed") for run in runs]
+    runs, printed = [], []
+    for seed in SEEDS:
+        figures, _, run = train(seed)
+        times = figures["seconds"] / figures["seconds inside env.step"]
+        figures["times its own stepping"] = round(times, 2)
+        print(figures, flush=True)
+        runs.append(figures | {"curve": curve(run.history)})
+        printed.append(run.printed)
+    names = "mean of the seeds", "share of all episodes >= 200"
+    summary = {"seeds": len(runs)} | summary_of(runs, *names)
     return {"summary": summary, "runs": runs, "printed by seed 0": printed[0]}
 
 
@@ -320,22 +240,21 @@ def own() -> dict:
     """The library and the lesson with the same settings, one after the other."""
     library, (figures, *_) = library_with_the_lessons_settings(), train(LIBRARY_SEED)
     summary = {"times as fast": round(library["seconds"] / figures["seconds"], 2)}
-    runs = {"stable-baselines3": library, "this repository": figures}
-    return {
-        "summary": summary,
-        "runs": [{"trainer": name} | run for name, run in runs.items()],
-    }
+    ours = {"trainer": "this repository"} | figures
+    return {"summary": summary, "runs": [library, ours]}
 
 
 def zoo() -> dict:
     """The library with RL Zoo's settings; when was the lesson as good?"""
-    library, (_, recorder, *_) = library_with_rl_zoos_settings(), train(LIBRARY_SEED)
-    seconds = first_time_at(recorder, library["greedy mean"])
+    envs = make_vec_env(lesson.ENV_ID, n_envs=16, seed=LIBRARY_SEED)
+    library = train_library(envs, ZOO_STEPS, **ZOO)
+    _, snapshots, _ = train(LIBRARY_SEED)
+    seconds = first_time_at(snapshots, library["greedy mean"])
     summary = {
         "lesson's seconds to that score": seconds,
         "times as fast": seconds and round(library["seconds"] / seconds, 2),
     }
-    return {"summary": summary, "runs": [{"trainer": "stable-baselines3"} | library]}
+    return {"summary": summary, "runs": [library]}
 
 
 def frontier() -> dict:
@@ -345,16 +264,9 @@ def frontier() -> dict:
         changes = {"FINAL_RATE": rate, "TOTAL_STEPS": steps}
         runs = [train(seed, **changes)[0] for seed in SEEDS]
         scores = [run["greedy mean"] for run in runs]
-        solved = sum(run["greedy episodes >= 200"] for run in runs)
-        point = {
-            "FINAL_RATE": rate,
-            "steps": steps,
-            "mean": round(statistics.mean(scores), 1),
-            "worst": min(scores),
-            "share of episodes >= 200": solved / len(runs) / lesson.HELD_OUT_EPISODES,
-            "scores": scores,
-            "seconds": [run["seconds"] for run in runs],
-        }
+        point = {"FINAL_RATE": rate, "steps": steps, "worst": min(scores)}
+        point |= summary_of(runs, "mean", "share of episodes >= 200")
+        point |= {"scores": scores, "seconds": [run["seconds"] for run in runs]}
         print(point, flush=True)
         points.append(point)
     return {"points": points}

@@ -55,9 +55,7 @@ VARIATIONS = {
     "no clipping of the gradient": {"MAX_GRAD_NORM": 1e9},
     "learning rate not annealed": {"FINAL_RATE": 1.0},
     "learning rate annealed to 0": {"FINAL_RATE": 0.0},
-    "PyTorch's own initial weights": {
-        "linear": lambda inputs, outputs, gain: nn.Linear(inputs, outputs)
-    },
+    "PyTorch's own initial weights": {"linear": lambda n, m, gain: nn.Linear(n, m)},
     "tanh instead of ReLU": {"ActorCritic": TanhLayers},
     "no entropy bonus": {"ENTROPY_BONUS": 0.0},
     "ENTROPY_BONUS = 0.01": {"ENTROPY_BONUS": 0.01},

@@ -8,20 +8,16 @@ although an episode ends at 12 degrees already; then it begins again.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
+from common import ASSETS
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-import cartpoleinference  # noqa: E402  (the line above finds it)
-import train_cartpole as lesson  # noqa: E402
-from cartpoleinference import GIF_EVERY, LEAN  # noqa: E402
+import cartpoleinference
+import train_cartpole as lesson
+from cartpoleinference import GIF_EVERY, LEAN
 
 SECONDS, HOLD = 6, 30  # HOLD: steps for which a fallen pole is shown
 FONT = ImageFont.load_default(size=14)
@@ -48,9 +44,8 @@ def film(policy, caption: str) -> list[np.ndarray]:
     small = [Image.fromarray(f).resize((270, 180)) for f in frames[::GIF_EVERY]]
     for frame in small:
         ImageDraw.Draw(frame).text((8, 5), caption.format(steps=score), "black", FONT)
-    return [
-        np.pad(frame, ((0, 0), (2, 2), (0, 0)), constant_values=255) for frame in small
-    ]
+    margin = (0, 0), (2, 2), (0, 0)
+    return [np.pad(frame, margin, constant_values=255) for frame in small]
 
 
 def main() -> None:
@@ -61,7 +56,7 @@ def main() -> None:
     left = film(untrained, "Untrained: falls after {steps} steps")
     right = film(lesson.load_policy(), f"After {checkpoint['episodes']} episodes")
     pairs = [Image.fromarray(np.hstack(pair)) for pair in zip(left, right, strict=True)]
-    cartpoleinference.GIF_PATH = ROOT / "assets" / "cartpole.gif"
+    cartpoleinference.GIF_PATH = ASSETS / "cartpole.gif"
     cartpoleinference.save_gif([pair.quantize(16) for pair in pairs])
 
 

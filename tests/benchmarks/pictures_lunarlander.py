@@ -6,22 +6,17 @@ Both fly over the same terrain, from the same start, in real time. The untrained
 samples its actions, as in the first rollout; the trained one is greedy.
 """
 
-import sys
-from pathlib import Path
-
 import torch
+from common import ASSETS
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-import lunarlander_ppo as lesson  # noqa: E402  (the line above finds it)
+import lunarlander_ppo as lesson
 
 TERRAINS = (1_000_002, 1_000_000)  # seeds of the held-out episodes that are shown
 FRAME_EVERY, MILLISECONDS = 2, 40  # the lander moves at 50 frames a second
 SIZE, CAPTION, COLOURS, HOLD = (300, 200), 22, 32, 25  # frames that the end stays
 TEXTS = ("untrained", "trained for a minute")
-GIF = ROOT / "assets" / "lunarlander.gif"
+GIF = ASSETS / "lunarlander.gif"
 
 
 @torch.no_grad()

@@ -5,18 +5,14 @@
 Four games each against random moves. Blue: the agent. Green: its actor's probabilities.
 """
 
-import sys
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
+from common import ASSETS
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-import tictactoe_eval as card  # noqa: E402  (the line above finds it)
-from tictactoe_env import WINS, play_moves  # noqa: E402
+import tictactoe_eval as card
+from tictactoe_env import WINS, play_moves
 
 LARGE, SMALL = ImageFont.load_default(size=32), ImageFont.load_default(size=13)
 
@@ -69,7 +65,7 @@ def main() -> None:
             durations.append(500)
         durations[-1] = 1500
     options = {"save_all": True, "append_images": frames[1:], "loop": 0}
-    frames[0].save(ROOT / "assets" / "tictactoe.gif", duration=durations, **options)
+    frames[0].save(ASSETS / "tictactoe.gif", duration=durations, **options)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ sections are not looked at.
 """
 
 import ast
-import itertools
 import re
 import statistics
 import sys
@@ -32,10 +31,6 @@ from common import RESULTS, ROOT, is_stale, read_results
 
 FOLDER = Path(__file__).resolve().parent
 MISSING, STALE = "not in the results", "measured with other code"
-
-# ------------------------------------------------------------------------------------
-# The page
-# ------------------------------------------------------------------------------------
 
 
 def show(value: object) -> str:
@@ -51,9 +46,8 @@ def table(columns: list[str], lines: list[list]) -> str:
     """A Markdown table; columns of numbers are aligned on the right."""
     texts = [[show(cell) for cell in line] for line in lines]
     number = re.compile(r"-?[\d.,]+(e[-+]\d+)?|never|\?")
-    right = [
-        all(number.fullmatch(line[i]) for line in texts) for i in range(len(columns))
-    ]
+    columns_of_texts = zip(*texts, strict=True)
+    right = [all(map(number.fullmatch, column)) for column in columns_of_texts]
     ruler = ["---:" if each else "---" for each in right]
     return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ruler, *texts])
 
@@ -65,15 +59,13 @@ def rows(runs: list[dict], columns: list[str]) -> str:
 
 def seeds(runs: list[dict], columns: list[str]) -> str:
     """One row for each value of the first column, all its seeds in one cell."""
-    first, *others = columns
-    lines = []
-    for name in dict.fromkeys(run[first] for run in runs):
-        group = [run for run in runs if run[first] == name]
-        cells = [
-            "; ".join(show(run.get(column, "")) for run in group) for column in others
-        ]
-        lines.append([name, *cells])
-    return table(columns, lines)
+    lines = {}
+    for run in runs:
+        cells = lines.setdefault(run[columns[0]], [[] for _ in columns[1:]])
+        for cell, column in zip(cells, columns[1:], strict=True):
+            cell.append(show(run.get(column, "")))
+    groups = [[name, *map("; ".join, cells)] for name, cells in lines.items()]
+    return table(columns, groups)
 
 
 def spread(runs: list[dict], columns: list[str]) -> str:
@@ -122,13 +114,13 @@ def block(kind: str, words: str, results: dict[str, dict]) -> str:
     data = results.get(name, {}).get(part)
     if data is None or entry and entry[0] not in data:
         return f"*{words}: {MISSING}.*"
-    tables = {"rows": rows, "seeds": seeds, "spread": spread}
     if kind == "summary":
         text = table(["", "figure"], [list(item) for item in data["summary"].items()])
     elif kind == "texts":
         text = texts(data[entry[0]])
     else:
-        text = tables[kind](data[entry[0]], columns)
+        draw = {"rows": rows, "seeds": seeds, "spread": spread}[kind]
+        text = draw(data[entry[0]], columns)
     return f"{text}\n\n*This was {STALE}.*" if is_stale(data["origin"]) else text
 
 
@@ -166,21 +158,14 @@ def page() -> str:
     names.sort(key=lambda name: words.find(f"{{{name} "))  # in the order of the page
     results = {name: read_results(name) for name in names}
     note = "<!-- Written by report.py from page.md and results/: edit those. -->"
-    return "\n".join(
-        [note, "", *(line_of_page(line, results) for line in words.splitlines()), ""]
-    )
-
-
-# ------------------------------------------------------------------------------------
-# Figures that no result has
-# ------------------------------------------------------------------------------------
+    lines = [line_of_page(line, results) for line in words.splitlines()]
+    return "\n".join([note, "", *lines, ""])
 
 
 FIGURE = re.compile(r"(?<![\w.,/#:-])[-−+]?\d[\d,]*(?:\.\d+)?(?![\w/]|\.\d)")
-NO_FIGURE = re.compile(  # what stands before a number that is no measured figure
-    r"(arXiv|[Ss]ections?|eqs?\.|[Cc]hapter|Python|[Ll]essons?|[Ss]eeds?|al\.|"
-    r"[A-Z_]+ =) \(?$"
-)
+# What stands before a number that is no measured figure:
+WORDS = r"arXiv|[Ss]ections?|eqs?\.|[Cc]hapter|Python|[Ll]essons?|[Ss]eeds?|al\."
+NO_FIGURE = re.compile(rf"({WORDS}|[A-Z_]+ =) \(?$")
 
 
 def value_of(figure: str) -> float:
@@ -191,10 +176,8 @@ def value_of(figure: str) -> float:
 def numbers_in(value: object) -> list[float]:
     """All numbers in a part of the results, and mean and median of its runs."""
     if isinstance(value, dict):
-        kept = [
-            x for key, x in value.items() if key not in ("origin", "curve", "texts")
-        ]
-        return [number for x in kept for number in numbers_in(x)]
+        left_out = "origin", "curve", "texts"
+        return numbers_in([x for key, x in value.items() if key not in left_out])
     if isinstance(value, list):
         return [number for x in value for number in numbers_in(x)] + middles(value)
     if isinstance(value, str):  # a line that the lesson printed
@@ -204,15 +187,15 @@ def numbers_in(value: object) -> list[float]:
 
 def middles(runs: list) -> list[float]:
     """Mean and median of each column, over the runs of one edit, variation, ..."""
-    groups, found = {}, []
+    columns = {}
     for run in (run for run in runs if isinstance(run, dict)):
-        name = next(iter(run.values()))
-        groups.setdefault(name if isinstance(name, str) else "", []).append(run)
-    for column, group in itertools.product(runs[0] if groups else (), groups.values()):
-        cells = [r[column] for r in group if type(r.get(column)) in (int, float)]
-        if cells:
-            found += abs(statistics.mean(cells)), abs(statistics.median(cells))
-    return found
+        first = next(iter(run.values()))
+        name = first if isinstance(first, str) else ""
+        for column, cell in run.items():
+            if type(cell) in (int, float):
+                columns.setdefault((name, column), []).append(cell)
+    kinds = statistics.mean, statistics.median
+    return [abs(kind(cells)) for cells in columns.values() for kind in kinds]
 
 
 def figures_in(text: str) -> list[tuple[int, str]]:
@@ -243,24 +226,23 @@ def check() -> int:
         for part, data in read_results(path.stem).items():
             if is_stale(data["origin"]):
                 print(f"{path.stem}.py {part}: {STALE}")
-            for name in {"README.md", *data["origin"]["code"]}:
+            for name in ("README.md", *data["origin"]["code"]):
                 known.setdefault(name, []).extend(numbers_in(data))
     for script in known.keys() - {"README.md"}:
         tree = ast.parse((ROOT / script).read_text("utf-8"))
         texts[script] = ast.get_docstring(tree, clean=False) or ""
-        constants = [
-            node.value for node in ast.walk(tree) if type(node) is ast.Constant
-        ]
-        for name in (script, "README.md"):
-            known[name] += [float(x) for x in constants if type(x) in (int, float)]
-    missing = [
-        f"{name}:{line}: {figure}"
-        for name, text in texts.items()
-        for line, figure in figures_in(text)
-        if not is_known(figure, known.get(name, []))
-    ]
-    print("\n".join([*missing, f"{len(missing)} figures are not in the results."]))
-    return len(missing)
+        values = [node.value for node in ast.walk(tree) if type(node) is ast.Constant]
+        constants = [float(x) for x in values if type(x) in (int, float)]
+        known[script] += constants
+        known["README.md"] += constants
+    count = 0
+    for name, text in texts.items():
+        for line, figure in figures_in(text):
+            if not is_known(figure, known.get(name, [])):
+                print(f"{name}:{line}: {figure}")
+                count += 1
+    print(f"{count} figures are not in the results.")
+    return count
 
 
 if __name__ == "__main__":

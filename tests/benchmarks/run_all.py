@@ -18,14 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parents[1]
+from common import ROOT
 
-
-def benchmarks() -> list[Path]:
-    """The scripts beside this one that end with a call of run_parts()."""
-    scripts = sorted(FOLDER.glob("*.py"))
-    return [path for path in scripts if "\n    run_parts(" in path.read_text("utf-8")]
+FOLDER = Path(__file__).parent
 
 
 def run(script: Path, *words: str) -> bool:
@@ -42,7 +37,9 @@ def main() -> None:
     """Run each benchmark with the words of the command, then write the page."""
     words, failed = sys.argv[1:] or ["stale"], []
     try:
-        for script in benchmarks():
+        for script in sorted(FOLDER.glob("*.py")):
+            if "\n    run_parts(" not in script.read_text("utf-8"):
+                continue  # it is no benchmark
             print(f"{script.name}:", flush=True)
             if not run(script, *words):
                 failed.append(script.name)

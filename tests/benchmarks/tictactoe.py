@@ -10,9 +10,6 @@ file. common.py lists the words that may follow the command. The parts:
     edits    Each edit of "Try this", seeds 0-2.
 """
 
-import tempfile
-from pathlib import Path
-
 import torch
 from common import ASSETS, run_main, run_parts
 from matplotlib.figure import Figure
@@ -31,26 +28,20 @@ EDITS = {
 
 def train(seed: int, **settings: float) -> tuple[dict, list[tuple], list[str]]:
     """One run of the lesson's main(): figures, its checks, and what it printed."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = {
-            "ACTOR_PATH": Path(folder, "a.pth"),
-            "CRITIC_PATH": Path(folder, "c.pth"),
-        }
-        files["CURVE_PATH"] = Path(folder, "curve.png")
-        checks, seconds, printed = run_main(lesson, SEED=seed, **files, **settings)
-        actor_path = next(Path(folder).glob("a*.pth"))
-        actor = lesson.load_actor(actor_path)
-        updates = torch.load(actor_path, weights_only=True)["updates"]
+    with run_main(lesson, SEED=seed, **settings) as run:
+        path = next(run.folder.glob(f"{lesson.ACTOR_PATH.stem}*"))
+        actor = lesson.load_actor(path)
+        updates = torch.load(path, weights_only=True)["updates"]
     (first, chances_first), (second, chances_second) = (
         lesson.play_every_line(actor, agent_first) for agent_first in (True, False)
     )
     positions = report_card.open_positions()
     perfect = report_card.count_perfect(actor, positions) / len(positions)
-    games_to_zero = [games for games, *_, lost in checks if lost == 0]
+    games_to_zero = [games for games, *_, lost in run.history if lost == 0]
     figures = {
         "seed": seed,
         "updates": updates,
-        "seconds": round(seconds, 2),
+        "seconds": round(run.seconds, 2),
         "lost moving first": first[2],
         "lost moving second": second[2],
         "lines moving first": sum(first),
@@ -61,7 +52,7 @@ def train(seed: int, **settings: float) -> tuple[dict, list[tuple], list[str]]:
         "games to the first check without a loss": min(games_to_zero, default=None),
     }
     print(figures, flush=True)
-    return figures, checks, printed
+    return figures, run.history, run.printed
 
 
 def seeds() -> dict:
@@ -81,13 +72,10 @@ def seeds() -> dict:
 
 def edits() -> dict:
     """Every edit of "Try this"."""
-    return {
-        "runs": [
-            {"edit": edit} | train(seed, **settings)[0]
-            for edit, settings in EDITS.items()
-            for seed in EDIT_SEEDS
-        ]
-    }
+    runs = []
+    for edit, settings in EDITS.items():
+        runs += [{"edit": edit} | train(seed, **settings)[0] for seed in EDIT_SEEDS]
+    return {"runs": runs}
 
 
 def draw(curves: tuple[list[tuple[float, ...]], ...]) -> None:
@@ -102,10 +90,8 @@ def draw(curves: tuple[list[tuple[float, ...]], ...]) -> None:
     above.plot([], color="C0", label="moving first")
     above.plot([], color="C1", label="moving second")
     above.legend(loc="lower right")
-    above.set(
-        title=f"Self-play actor-critic on tic-tac-toe, seeds 0-{len(curves) - 1}",
-        ylabel="wins against random play (%)",
-    )
+    above.set_title(f"Self-play actor-critic on tic-tac-toe, seeds 0-{len(curves) - 1}")
+    above.set_ylabel("wins against random play (%)")
     below.set_yscale("symlog", linthresh=1)
     below.set(xlabel="games played", ylabel="lines of play lost")
     below.set_ylim(bottom=0)

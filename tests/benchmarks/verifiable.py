@@ -13,25 +13,19 @@ Other seeds than these were looked at when task and settings were chosen.
 """
 
 import functools
-import os
 import random
 import statistics
-import sys
-import tempfile
 import time
-from pathlib import Path
 
-from common import in_own_process, patched, run_parts
+import torch
+from common import in_own_process, patched, real_model, run_main, run_parts
+
+import grpo_training as lesson
 
 SEEDS = range(3)
 HELD_OUT = 50  # problems
-SETTINGS = {
-    "USE_CHAT_TEMPLATE": False,
-    "NUM_STEPS": 200,
-    "MAX_NEW_TOKENS": 4,
-    "EVAL_SAMPLES": 4,
-    "TOP_P": 1.0,
-}
+SETTINGS = {"USE_CHAT_TEMPLATE": False, "NUM_STEPS": 200, "MAX_NEW_TOKENS": 4}
+SETTINGS |= {"EVAL_SAMPLES": 4, "TOP_P": 1.0}
 
 
 def make_prompts() -> list[str]:
@@ -49,67 +43,43 @@ def right(prompt: str, responses: list[str]) -> list[float]:
 
 def run(model: str, seed: int) -> dict:
     """One run of the lesson: the shares of right answers before and after."""
-    import torch
-
-    import grpo_training as lesson
-
     torch.set_num_threads(1)
-    prompts, shares, texts, steps = make_prompts(), [], [], []
-    evaluate, train = lesson.evaluate, lesson.train
+    prompts, looks, evaluate = make_prompts(), [], lesson.evaluate
 
     def measured(*arguments):
-        sampled = evaluate(*arguments)
+        began, sampled = time.time(), evaluate(*arguments)
         with patched(lesson, TOP_P=1e-6, EVAL_SAMPLES=2):  # the most likely tokens only
             greedy = evaluate(*arguments)
-        found = {"sampled": sampled["rewards"], "greedy": greedy["rewards"]}
-        shares.append({how: statistics.mean(found[how]) for how in found})
-        texts.append([sampled["texts"][0], time.time()])
+        looks.append((began, sampled, greedy))
         return sampled
 
-    def watched(*arguments):
-        for result in train(*arguments):
-            steps.append(torch.cat([group["rewards"] for group in result["groups"]]))
-            yield result
-
-    with tempfile.TemporaryDirectory() as folder:
-        settings = SETTINGS | {
-            "POLICY_MODEL_NAME": model,
-            "REWARD_FUNCTION": right,
-            "PROMPTS": prompts[HELD_OUT:],
-            "EVAL_PROMPTS": prompts[:HELD_OUT],
-            "SEED": seed,
-            "SAVE_DIR": f"{folder}/trained_model",
-        }
-        with patched(lesson, **settings, evaluate=measured, train=watched):
-            lesson.main()
-    minutes = (texts[1][1] - texts[0][1]) / 60  # with the second evaluation
+    settings = {"POLICY_MODEL_NAME": model, "REWARD_FUNCTION": right, "SEED": seed}
+    settings |= {"PROMPTS": prompts[HELD_OUT:], "EVAL_PROMPTS": prompts[:HELD_OUT]}
+    with run_main(lesson, **SETTINGS, **settings, evaluate=measured) as done:
+        steps = done.history  # the rewards (groups, G) of each
+    minutes = (looks[1][0] - looks[0][0]) / 60  # with the first evaluation
     summary = {"seed": seed, "steps": len(steps), "minutes": round(minutes, 1)}
-    for when, share in zip(("before", "after"), shares, strict=True):
-        summary |= {f"{how} {when}": round(share[how], 3) for how in share}
-    differ = statistics.mean(float(rewards.std() > 0) for rewards in steps)
-    summary["share of groups that differ"] = round(differ, 3)
+    for when, (_, *found) in zip(("before", "after"), looks, strict=True):
+        for how, result in zip(("sampled", "greedy"), found, strict=True):
+            share = statistics.mean(result["rewards"])
+            summary[f"{how} {when}"] = round(share, 3)
+    differ = torch.cat(steps).std(1) > 0
+    summary["share of groups that differ"] = round(differ.float().mean().item(), 3)
     return {
         "summary": summary,
         "settings": SETTINGS | {"held-out problems": HELD_OUT},
-        "texts before and after": [text for text, _ in texts],
+        "texts before and after": [sampled["texts"][0] for _, sampled, _ in looks],
         "mean reward of each step": [rewards.mean().item() for rewards in steps],
     }
 
 
 def measure(seed: int) -> dict:
     """The part of one seed."""
-    model = os.environ.get("REAL_MODEL", "no folder")
-    if not Path(model).is_dir():
-        sys.exit("REAL_MODEL must name a folder: this file's first lines say how.")
-    found = in_own_process(run, str(Path(model).resolve()), seed)
+    found = in_own_process(run, real_model(), seed)
     print("  " + ", ".join(f"{k} {v}" for k, v in found["summary"].items()), flush=True)
     return found
 
 
 if __name__ == "__main__":
-    run_parts(
-        ["grpo_training.py"],
-        ["torch", "transformers", "accelerate"],
-        {f"seed{seed}": functools.partial(measure, seed) for seed in SEEDS},
-        rows=(run,),
-    )
+    parts = {f"seed{seed}": functools.partial(measure, seed) for seed in SEEDS}
+    run_parts(["grpo_training.py"], ["torch", "transformers", "accelerate"], parts)
