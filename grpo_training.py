@@ -147,14 +147,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
 # The two models. Each is an id on the Hugging Face Hub or a folder beside this script.
 POLICY_MODEL_NAME = "gpt2"
 REWARD_MODEL_NAME = "OpenAssistant/reward-model-deberta-v3-large"
-# Uncomment the next line to train the small models that come with this lesson.
+# Uncomment the next line to train the small models that come with this lesson. It then
+# overrides the two names above.
 # POLICY_MODEL_NAME, REWARD_MODEL_NAME = "grpo_tiny/policy", "grpo_tiny/reward"
 
 # A function of your own, instead of the reward model: replace this line by
 # `def REWARD_FUNCTION(prompt, responses):` that returns a number for each response.
 REWARD_FUNCTION = None
-# Prompts to train on, taken in turn. From a file with one prompt per line:
-# PROMPTS = Path("prompts.txt").read_text().splitlines()
+# Prompts to train on, taken in turn. README.md shows how to read them from a file.
 PROMPTS = ["Explain why regular exercise is important."]
 # Prompts on which the gain is measured, before and after the training. None takes the
 # first four of PROMPTS.
@@ -226,7 +226,8 @@ LORA_RANK = 0
 # less memory and a quarter to a third more time.
 GRADIENT_CHECKPOINTING = False
 
-# A row is printed for every step, and the best and worst response this often.
+# A row is printed for every step, and the best and worst response to a prompt this
+# often.
 REPORT_EVERY = 10
 # The folder beside this script for the trained model and the learning curve.
 SAVE_DIR = "trained_model"
@@ -668,6 +669,8 @@ def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
     except BaseException as ending:
         kept = save()
         with contextlib.suppress(OSError):  # a closed terminal cannot be printed to
+            if isinstance(ending, torch.OutOfMemoryError):
+                print("Out of memory. README.md, lesson 4, Memory: what needs less.")
             if kept:  # nothing is, before the first step
                 print(f"\nThis run is kept in\n{kept}\nOlder weights are as they were.")
         if not (isinstance(ending, SystemExit) and "ipykernel" in sys.modules):
@@ -764,7 +767,9 @@ def start_accelerator() -> Accelerator:
     tracker = "wandb" if USE_WANDB else None
     where = {"cpu": DEVICE == "cpu", "mixed_precision": MIXED_PRECISION}
     accelerator = Accelerator(**where, log_with=tracker)
-    accelerator.init_trackers("grpo_training")
+    settings = {"LR": LR, "KL_COEF": KL_COEF, "NUM_SAMPLES": NUM_SAMPLES, "SEED": SEED}
+    settings |= {"policy": POLICY_MODEL_NAME, "reward model": REWARD_MODEL_NAME}
+    accelerator.init_trackers("grpo_training", settings)
     return accelerator
 
 
@@ -1180,13 +1185,14 @@ def print_text(label: str, reward: float, text: str) -> None:
 
 
 def print_step(step: int, metrics: dict, groups: list[dict]) -> None:
-    """A row of the table, and now and then the best and the worst response."""
+    """A row of the table, and now and then the best and worst response to a prompt."""
     shown = {name: round(value, 3) + 0.0 for name, value in metrics.items()}  # no -0
     say(ROW.format(step=step, **shown))
     if step % REPORT_EVERY == 0:
-        rewards = torch.cat([group["rewards"] for group in groups]).tolist()
-        responses = [text for group in groups for text in group["responses"]]
-        scored = list(zip(rewards, responses, strict=True))
+        group, prompt = groups[0], prompts_of_step(step)[0]
+        scored = list(zip(group["rewards"].tolist(), group["responses"], strict=True))
+        if len(PROMPTS) > 1:
+            say(f"    {textwrap.shorten('prompt ' + prompt, 84)}")
         print_text("best ", *max(scored))
         print_text("worst", *min(scored))
 
@@ -1222,6 +1228,8 @@ def resume(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> dict:
     _, *folders = checkpoint_folders()
     found = [folder for folder in folders if folder.exists()]
     if not (RESUME and found):
+        if RESUME:
+            say(f"RESUME: no checkpoint is in {folders[0].parent}; this is a new run.")
         return {"rewards": []}
     with one_line_about(f"{found[0]} does not fit these Settings"):
         accelerator.load_state(found[0])

@@ -209,7 +209,7 @@ def test_the_printed_gain_is_the_reward_of_other_prompts_before_and_after(
 
 
 def test_a_hundred_prompts_are_trained_on_and_few_of_them_evaluated(
-    settings, monkeypatch
+    settings, monkeypatch, capsys
 ):
     scored = spy_on(monkeypatch, lesson, "score_responses")
     prompts = [f"w{i} w{j}" for i in range(10) for j in range(10)]
@@ -217,6 +217,7 @@ def test_a_hundred_prompts_are_trained_on_and_few_of_them_evaluated(
     lesson.main()
     asked = [call["prompt"] for call in scored]
     assert asked == prompts[:4] + prompts[:6] + prompts[:4]
+    assert prompts[0] in capsys.readouterr().out  # beside the responses to it
 
 
 def test_equal_rewards_leave_the_policy_as_it_was(settings, tmp_path):
@@ -369,6 +370,22 @@ def test_a_run_that_ends_before_its_first_step_writes_nothing(settings, tmp_path
     with pytest.raises(KeyError):
         lesson.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_finds_no_checkpoint_to_resume_says_so(settings, tmp_path, capsys):
+    settings(RESUME=True)
+    lesson.main()
+    assert str(tmp_path / "model_checkpoint") in capsys.readouterr().out
+
+
+def test_a_run_without_enough_memory_names_the_place_that_helps(settings, capsys):
+    def reward(prompt, texts):
+        raise torch.OutOfMemoryError
+
+    settings(REWARD_FUNCTION=reward)
+    with pytest.raises(torch.OutOfMemoryError):
+        lesson.main()
+    assert "README.md" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [OSError("busy"), KeyboardInterrupt()], ids=repr)
