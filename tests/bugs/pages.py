@@ -2,27 +2,29 @@
 
 import json
 import re
-import statistics
 
 import museum
 import numpy as np
 import symptoms
-from catalogue import CHECKS, Bug
+from catalogue import BUGS, CHECKS, Bug
 from matplotlib.figure import Figure
 from museum import healthy_of, seen
-from plant import FACTS, HERE, LESSONS, bugs_of, code_hash, diff, lesson_of, trouble
+from plant import FACTS, HERE, LESSONS, bugs_of, code_of, diff, lesson_of, trouble
+
+
+def told(value: float, form: str) -> str:
+    """A figure in words, without -0."""
+    return format(round(value, 6) + 0.0, form)
 
 
 def middle(runs: list, name: str, form: str) -> str:
     """The median of a figure over the seeds."""
-    values = [round(run[name], 6) + 0.0 for run in runs if run.get(name) is not None]
-    return format(statistics.median(values), form) if values else "-"
+    return told(symptoms.middle(runs, name), form)
 
 
 def spread(runs: list, name: str, form: str) -> str:
     """The smallest and the largest of a figure over the seeds."""
-    values = [round(run[name], 6) + 0.0 for run in runs if run.get(name) is not None]
-    ends = [format(end, form) for end in (min(values), max(values))] if values else "-"
+    ends = [told(end(run[name] for run in runs), form) for end in (min, max)]
     return " to ".join(dict.fromkeys(ends))
 
 
@@ -67,13 +69,13 @@ def by_symptom(bugs: list[Bug]) -> str:
 def apart(bug: Bug) -> str:
     """The figures of which no run with the bug comes near a healthy one."""
     healthy, rows = healthy_of(bug), []
-    runs = museum.results_of(lesson_of(bug))["bugs"].get(bug.name, [])
+    runs = museum.results_of(lesson_of(bug))["bugs"][bug.name]
     for name, words, form, _ in FACTS[lesson_of(bug)]["figures"]:
-        here, there = ([r[name] for r in part if name in r] for part in (runs, healthy))
-        if here and there and (min(here) > max(there) or max(here) < min(there)):
-            values = [middle(part, name, form) for part in (runs, healthy)]
-            if values[0] != values[1]:
-                rows.append((words, f"**{values[0]}**", values[1]))
+        here, there = ([run[name] for run in part] for part in (runs, healthy))
+        values = [middle(part, name, form) for part in (runs, healthy)]
+        far = min(here) > max(there) or max(here) < min(there)
+        if far and values[0] != values[1]:
+            rows.append((words, f"**{values[0]}**", values[1]))
     return table(("", "with the bug", "healthy"), rows[:5])
 
 
@@ -131,7 +133,7 @@ def measured(lesson: str) -> str:
     groups = [*results["healthy"].values(), *results["bugs"].values()]
     runs = [run for group in groups for run in group]
     dates = sorted({run["date"] for run in runs})
-    stale = sum(run["code"] != code_hash(lesson) for run in runs)
+    stale = sum(run["code"] != code_of(lesson) for run in runs)
     machine = ", ".join(f"{name} {what}" for name, what in results["machine"].items())
     days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     if not stale:
@@ -178,10 +180,21 @@ def page(lesson: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def overview() -> str:
+    """How many bugs each lesson has, and how many its curve does not show."""
+    rows = []
+    for lesson in [*LESSONS, ""]:
+        bugs = bugs_of(lesson) if lesson else BUGS
+        facts = FACTS.get(lesson)
+        link = f"[{facts['title']}]({facts['page']})" if facts else "all"
+        quiet = sum("hidden" in seen(bug) for bug in bugs)
+        rows.append((link, str(len(bugs)), str(quiet)))
+    return table(("Page", "Bugs", "Not in the curve"), rows)
+
+
 def mutations() -> str:
     """What the changes of single operators found."""
-    path = HERE / "results" / "mutations.json"
-    scripts = json.loads(path.read_text())["scripts"] if path.exists() else {}
+    scripts = json.loads((HERE / "results" / "mutations.json").read_text())["scripts"]
     rows = [
         (f"`{script}`", str(each["mutants"]), f"{each['killed'] / each['mutants']:.1%}")
         for script, each in scripts.items()
@@ -191,25 +204,17 @@ def mutations() -> str:
 
 def write() -> None:
     """Write all pages and pictures."""
-    (HERE / "pictures").mkdir(exist_ok=True)
-    rows = []
     for lesson in LESSONS:
         (HERE / FACTS[lesson]["page"]).write_text(page(lesson))
-        for bug in bugs_of(lesson):
-            draw(bug)
-        quiet = sum("hidden" in seen(bug) for bug in bugs_of(lesson))
-        link = f"[{FACTS[lesson]['title']}]({FACTS[lesson]['page']})"
-        rows.append((link, str(len(bugs_of(lesson))), str(quiet)))
-    total = [str(sum(int(row[place]) for row in rows)) for place in (1, 2)]
-    head = "Page", "Bugs", "Not in the curve"
-    tables = {"bugs": table(head, [*rows, ("all", *total)])}
-    tables["mutations"] = mutations()
+    for bug in BUGS:
+        draw(bug)
     first = HERE / "README.md"
     text = first.read_text()
-    for name, made in tables.items():  # between two marks; the rest is written by hand
+    for name, made in {"bugs": overview(), "mutations": mutations()}.items():
+        # Between two marks; the rest is written by hand.
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = re.sub(
             f"(?s){marks[0]}.*{marks[1]}", f"{marks[0]}\n{made}\n{marks[1]}", text
         )
     first.write_text(text)
-    print(f"Written: README.md, {len(LESSONS)} pages and {total[0]} pictures.")
+    print(f"Written: README.md, {len(LESSONS)} pages and {len(BUGS)} pictures.")
