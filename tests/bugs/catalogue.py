@@ -93,10 +93,7 @@ def cartpole_softmax_twice(self, observations):
 
 lines(CARTPOLE, "cartpole-action-drawn-again", "sign", "common", "flat")(
     "The distribution is at hand, the action that was taken is not.",
-    (
-        "distribution.log_prob(actions[alive])",
-        "distribution.log_prob(distribution.sample())",
-    ),
+    (".log_prob(actions[alive])", ".log_prob(distribution.sample())"),
 )
 
 
@@ -166,10 +163,7 @@ lines(
     "falls",
 )(
     "After the step it is the other side's turn, and the reward looks like hers.",
-    (
-        "torch.where(learner_turn, rewards, -rewards)",
-        "torch.where(learner_turn, -rewards, rewards)",
-    ),
+    ("learner_turn, rewards, -rewards", "learner_turn, -rewards, rewards"),
 )
 lines(
     GAME, "tictactoe-full-board-before-three-in-a-row", "by hand", "muzero-general#37"
@@ -197,10 +191,7 @@ lines(
 )
 lines(TICTACTOE, "tictactoe-opponent-s-moves-trained", "data", "common")(
     "All moves are in the buffer, and all get the learner's result.",
-    (
-        "steps.append((boards, masks, actions, learner_moved))",
-        "steps.append((boards, masks, actions, alive))",
-    ),
+    ("masks, actions, learner_moved))", "masks, actions, alive))"),
 )
 lines(TICTACTOE, "tictactoe-learner-always-first", "data", "common", "one seat")(
     "The loop begins with the learner's move.",
@@ -245,49 +236,24 @@ def tictactoe_critic_without_gradient(values, returns):
 # ------------------------------------------------------------------------------------
 
 
-@function(LANDER, "gae", "by hand", "RoboVerse PR 814, SB3#105")
-def lander_ended_one_row_off(
-    rewards, values, next_values, terminated, ended, gamma, lam
-):
-    """Half of all code stores 'done' before the step, half of it after."""
-    deltas = rewards + gamma * next_values * (1 - terminated) - values
-    advantages = torch.zeros_like(rewards)
-    next_advantage = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        # WRONG
-        next_advantage = deltas[t] + gamma * lam * (1 - ended[t - 1]) * next_advantage
-        advantages[t] = next_advantage
-    return advantages
-
-
-@function(LANDER, "gae", "by hand", "Super-mario-bros-PPO#21", "critic blind")
-def lander_sum_runs_across_the_end(
-    rewards, values, next_values, terminated, ended, gamma, lam
-):
-    """Eq. (11) of the paper has no ends of episodes in it."""
-    deltas = rewards + gamma * next_values * (1 - terminated) - values
-    advantages = torch.zeros_like(rewards)
-    next_advantage = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        next_advantage = deltas[t] + gamma * lam * next_advantage  # WRONG
-        advantages[t] = next_advantage
-    return advantages
-
-
-@function(LANDER, "gae", "by hand", "cleanrl#198", "below")
-def lander_one_flag_for_both_ends(
-    rewards, values, next_values, terminated, ended, gamma, lam
-):
-    """Older environments had one flag, `done`."""
-    deltas = rewards + gamma * next_values * (1 - ended) - values  # WRONG
-    advantages = torch.zeros_like(rewards)
-    next_advantage = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        next_advantage = deltas[t] + gamma * lam * (1 - ended[t]) * next_advantage
-        advantages[t] = next_advantage
-    return advantages
-
-
+lines(LANDER, "lander-ended-one-row-off", "by hand", "RoboVerse PR 814, SB3#105")(
+    "Half of all code stores 'done' before the step, half of it after.",
+    ("(1 - ended[t])", "(1 - ended[t - 1])"),
+)
+lines(
+    LANDER,
+    "lander-sum-runs-across-the-end",
+    "by hand",
+    "Super-mario-bros-PPO#21",
+    "critic blind",
+)(
+    "Eq. (11) of the paper has no ends of episodes in it.",
+    (" * (1 - ended[t])", ""),
+)
+lines(LANDER, "lander-one-flag-for-both-ends", "by hand", "cleanrl#198", "below")(
+    "Older environments had one flag, `done`.",
+    ("next_values * (1 - terminated)", "next_values * (1 - ended)"),
+)
 lines(LANDER, "lander-value-of-the-reset", "data", "mujoco_playground PR 351")(
     "The next observation after an autoreset is that of another episode.",
     ('next_observations[i] = info["final_obs"][i]', ""),
@@ -342,21 +308,14 @@ lines(LANDER, "lander-entropy-sign", "sign", "pg-is-all-you-need#37", "below")(
 # ------------------------------------------------------------------------------------
 
 
-@function(GRPO, "group_advantages", "ratio", "common")
-def grpo_no_baseline(rewards, scale_by_std=True):
-    """The reward model's score is taken for an advantage."""
-    centred = rewards  # WRONG
-    if centred.abs().max() <= 1e-6 * rewards.abs().max():
-        return torch.zeros_like(rewards)
-    return centred / (rewards.std() + 1e-4) if scale_by_std else centred
-
-
-@function(GRPO, "completion_mask", "by hand", "RAGEN#59", "never ends")
-def grpo_end_not_trained(completion_ids, end_ids):
-    """The end token is taken for padding, whose number it often shares."""
-    ends = torch.isin(completion_ids, end_ids).long()
-    ends_before = ends.cumsum(1)  # WRONG
-    return (ends_before == 0).long()
+lines(GRPO, "grpo-no-baseline", "ratio", "common")(
+    "The reward model's score is taken for an advantage.",
+    ("rewards - rewards.mean()", "rewards"),
+)
+lines(GRPO, "grpo-end-not-trained", "by hand", "RAGEN#59", "never ends")(
+    "The end token is taken for padding, whose number it often shares.",
+    (".cumsum(1) - ends", ".cumsum(1)"),
+)
 
 
 @function(GRPO, "completion_mask", "padding", "common")
@@ -365,32 +324,20 @@ def grpo_tokens_after_the_end_trained(completion_ids, end_ids):
     return torch.ones_like(completion_ids)  # WRONG
 
 
-@function(GRPO, "completion_log_probs", "by hand", "maxtext#2103")
-def grpo_logits_one_token_off(model, prompt_ids, completion_ids, temperature):
-    """The logits at place t are about the token at t + 1."""
-    ids = torch.cat([prompt_ids, completion_ids], 1)  # WRONG
-    length = completion_ids.shape[1]
-    logits = model(ids, use_cache=False, logits_to_keep=length).logits
-    logits = logits.float() / temperature if temperature != 1 else logits.float()
-    cross_entropy = nn.functional.cross_entropy(
-        logits.flatten(0, 1), completion_ids.flatten(), reduction="none"
-    )
-    return -cross_entropy.view_as(completion_ids)
-
-
-@function(GRPO, "completion_log_probs", "ratio", "trl#4159, PR 3029", TEMPERATURE=0.7)
-def grpo_temperature_only_in_drawing(model, prompt_ids, completion_ids, temperature):
-    """The generation settings belong to generation, it seems."""
-    ids = torch.cat([prompt_ids, completion_ids], 1)[:, :-1]
-    length = completion_ids.shape[1]
-    logits = model(ids, use_cache=False, logits_to_keep=length).logits
-    logits = logits.float()  # WRONG
-    cross_entropy = nn.functional.cross_entropy(
-        logits.flatten(0, 1), completion_ids.flatten(), reduction="none"
-    )
-    return -cross_entropy.view_as(completion_ids)
-
-
+lines(GRPO, "grpo-logits-one-token-off", "by hand", "maxtext#2103")(
+    "The logits at place t are about the token at t + 1.",
+    ("[prompt_ids, completion_ids], 1)[:, :-1]", "[prompt_ids, completion_ids], 1)"),
+)
+lines(
+    GRPO,
+    "grpo-temperature-only-in-drawing",
+    "ratio",
+    "trl#4159, PR 3029",
+    TEMPERATURE=0.7,
+)(
+    "The generation settings belong to generation, it seems.",
+    (" / temperature if temperature != 1 else logits.float()", ""),
+)
 lines(
     GRPO, "grpo-old-is-always-new", "ratio", "tensorforce#312", "ratio 1", INNER_STEPS=4
 )(
@@ -409,23 +356,10 @@ def grpo_k3_turned_round(log_probs, ref_log_probs):
     return log_ratio.exp() - log_ratio - 1
 
 
-@function(GRPO, "grpo_loss", "sign", "ToolRL#52", "falls", KL_COEF=0.4)
-def grpo_kl_sign(
-    log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, kl_coef
-):
-    """Objective or loss? The sign of the penalty depends on it."""
-    padding = mask == 0
-    log_probs = log_probs.masked_fill(padding, 0.0)
-    ratio = (log_probs - old_log_probs).exp()
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    advantages = advantages.unsqueeze(1)
-    objective = torch.min(ratio * advantages, clipped * advantages)
-    if ref_log_probs is not None:
-        objective = objective + kl_coef * kl_estimate(log_probs, ref_log_probs)  # WRONG
-    objective = objective.masked_fill(padding, 0.0)
-    return -(objective.sum(1) / mask.sum(1).clamp(min=1)).mean()
-
-
+lines(GRPO, "grpo-kl-sign", "sign", "ToolRL#52", "falls", KL_COEF=0.4)(
+    "Objective or loss? The sign of the penalty depends on it.",
+    ("- kl_coef * ", "+ kl_coef * "),
+)
 lines(GRPO, "grpo-reference-is-the-policy", "gradients", "common", "KL 0", KL_COEF=0.4)(
     "An assignment copies nothing in Python.",
     ("copy.deepcopy(policy)", "policy"),

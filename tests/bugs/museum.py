@@ -27,7 +27,6 @@ import random
 import re
 import shutil
 import sys
-import tempfile
 from datetime import date
 from pathlib import Path
 
@@ -38,7 +37,7 @@ import symptoms
 import trial
 from catalogue import BUGS, CHECKS, TICTACTOE, Bug
 from common import code_hash, versions
-from plant import FACTS, HERE, LESSONS, ROOT, bugs_of, files_of, lesson_of, planted
+from plant import FACTS, HERE, LESSONS, bugs_of, files_of, lesson_of, planted, trouble
 
 EXERCISE = HERE / "exercise"
 SEEDS = (0, 1, 2)
@@ -72,11 +71,6 @@ def list_bugs() -> None:
         names = [bug.name for bug in bugs_of(lesson)]
         print(f"Lesson {number}, {lesson}, tests/bugs/{FACTS[lesson]['page']}")
         print("\n".join(f"    {name}" for name in names))
-
-
-# ------------------------------------------------------------------------------------
-# Results
-# ------------------------------------------------------------------------------------
 
 
 def path_of(lesson: str) -> Path:
@@ -125,10 +119,8 @@ def measure(*words: str) -> None:
         kept = results[kind].get(name, [])
         if any(run["seed"] == seed and run["code"] == code for run in kept):
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "figures.json")
-            found = runs.figures(runs.start(bug, kind == "bugs", seed, path), path)
-        run = {"code": code, "date": str(date.today())} | found
+        run = {"code": code, "date": str(date.today())}
+        run |= runs.Run(bug, kind == "bugs", seed).figures()
         kept = [*(each for each in kept if each["seed"] != seed), run]
         results[kind][name] = sorted(kept, key=lambda each: each["seed"])
         machine = versions(["torch", "gymnasium", "transformers"])
@@ -161,42 +153,35 @@ def page() -> None:
     pages.write()
 
 
-# ------------------------------------------------------------------------------------
-# A bug beside a healthy run
-# ------------------------------------------------------------------------------------
-
-
-def side_by_side(columns: list[str], processes: list) -> None:
+def side_by_side(columns: list[str], pair: list[runs.Run]) -> None:
     """Print the rows of both runs in one table as they come."""
     first, *others = columns
     print(" " * 8 + "".join(f"{name:>16}" for name in others))
     print(f"{first:>8}" + f"{'bug':>8} healthy" * len(others))
-    tables = [runs.rows_of(process.stdout) for process in processes]
-    for pair in itertools.zip_longest(*tables, fillvalue={}):
-        place = next(row[first] for row in pair if row)
-        cells = (row.get(name, "-") for name in others for row in pair)
+    tables = [runs.rows_of(run.lines()) for run in pair]
+    for rows in itertools.zip_longest(*tables, fillvalue={}):
+        place = next(row[first] for row in rows if row)
+        cells = (row.get(name, "-") for name in others for row in rows)
         print(f"{place:>8}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
 
 
 def show(word: str) -> None:
     """Train with the bug and without, side by side, and say what was seen."""
     bug = find(word)
-    lesson, page = lesson_of(bug), FACTS[lesson_of(bug)]["page"]
+    facts = FACTS[lesson_of(bug)]
     planted(bug)  # stops here if it cannot be planted
-    print(f"{lesson} with {bug.name} and without, seed {SEEDS[0]}.")
+    print(f"{lesson_of(bug)} with {bug.name} and without, seed {SEEDS[0]}.")
     print("'-': that run has ended. Importing the libraries takes seconds ...\n")
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {plant_it: Path(folder, str(plant_it)) for plant_it in (True, False)}
-        started = [runs.start(bug, it, SEEDS[0], path) for it, path in paths.items()]
-        side_by_side(FACTS[lesson]["columns"], started)
-        wrong, healthy = map(runs.figures, started, paths.values())
+    pair = [runs.Run(bug, plant_it, SEEDS[0]) for plant_it in (True, False)]
+    side_by_side(facts["columns"], pair)
+    wrong, healthy = (run.figures() for run in pair)
     if "greedy" in wrong:
         score = f"{wrong['greedy']:.4g}, healthy {healthy['greedy']:.4g}"
         print(f"\nEvaluated after training: {score}")
     for key in symptoms.shown([wrong], [healthy]):
         print(f"Seen in this run: {symptoms.words(key)}.")
     tell(bug)
-    print(f"\nMore: tests/bugs/{page}, {bug.name}")
+    print(f"\nMore: tests/bugs/{facts['page']}, {bug.name}")
 
 
 def tell(bug: Bug) -> None:
@@ -219,14 +204,17 @@ def found_by(bug: Bug) -> str:
 
 def remember(bug: Bug, hints: int) -> None:
     """Write down which bug was drawn, so that no glance at the folder tells it."""
-    facts = json.dumps([bug.name, hints])
+    facts = json.dumps({"name": bug.name, "hints": hints})
     (EXERCISE / ".bug").write_bytes(base64.b64encode(facts.encode()))
 
 
 def remembered() -> tuple[str, int]:
     """The name of the bug that was drawn, or "", and how many hints were given."""
     path = EXERCISE / ".bug"
-    return json.loads(base64.b64decode(path.read_bytes())) if path.exists() else ("", 0)
+    if not path.exists():
+        return "", 0
+    facts = json.loads(base64.b64decode(path.read_bytes()))
+    return facts["name"], facts["hints"]
 
 
 def the_exercise() -> tuple[Bug, int]:
@@ -244,9 +232,9 @@ def exercise(level: str = "") -> None:
     bugs = bugs_of(LESSONS[int(level) - 1]) if level.isdigit() else BUGS
 
     def fits(bug: Bug) -> bool:
-        symptom = {"hidden"} if level == "hard" else {*symptoms.SYMPTOMS} - {"hidden"}
+        wanted = {"hidden"} if level == "hard" else {*symptoms.SYMPTOMS} - {"hidden"}
         another = bug.name != remembered()[0]
-        return another and bool({*seen(bug)} & symptom) and not plant.trouble(bug)
+        return another and bool(wanted.intersection(seen(bug))) and not trouble(bug)
 
     bug = next(filter(fits, random.sample(bugs, len(bugs))))
     shutil.rmtree(EXERCISE, ignore_errors=True)
@@ -357,15 +345,14 @@ def solution(word: str = "") -> None:
         for a, b, where in changes(healthy, text):
             near = any(a <= last and first <= b for first, last in bug_places)
             (left if near and file == bug.file else more).append(f"{where} of {file}")
-    if left and not passes_its_tests(bug, mine):
-        print(f"Not yet: {'; '.join(left)} still differs from the lesson.")
-        for where in more:
-            print(f"You changed more than that: {where} was right.")
-        print(f"A hint: {ME} hint. To see the bug: {ME} solution show")
-        sys.exit(1)
-    print("You found it." if not left else "You found it, in other words than ours.")
+    found = not left or passes_its_tests(bug, mine)
+    other_words = ", in other words than ours" if left else ""
+    not_yet = f"Not yet: {'; '.join(left)} still differs from the lesson."
+    print(f"You found it{other_words}." if found else not_yet)
     for where in more:
-        print(f"But you changed more than needed: {where} was right.")
+        print(f"You changed more than needed: {where} was right.")
+    if not found:
+        sys.exit(f"A hint: {ME} hint. To see the bug: {ME} solution show")
     tell(bug)
 
 
@@ -375,11 +362,6 @@ def passes_its_tests(bug: Bug, mine: dict[str, str]) -> bool:
     if tests:
         print("Not word for word as in the lesson: its tests will tell ...", flush=True)
     return bool(tests) and trial.passes(mine, tests)
-
-
-# ------------------------------------------------------------------------------------
-# Which command?
-# ------------------------------------------------------------------------------------
 
 
 def main() -> None:

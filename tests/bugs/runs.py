@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import inspect
-import io
 import itertools
 import json
 import os
@@ -28,11 +27,6 @@ def copy_lesson(folder: Path, lesson: str, bug: Bug | None, settings: dict) -> N
     for part in ("policy", "reward") if lesson == GRPO else ():
         models = Path("grpo_tiny", part)
         shutil.copytree(ROOT / models, folder / models, dirs_exist_ok=True)
-
-
-# ------------------------------------------------------------------------------------
-# What a lesson prints
-# ------------------------------------------------------------------------------------
 
 
 def rows_of(lines: Iterable[str]) -> Iterator[dict[str, str]]:
@@ -82,11 +76,6 @@ def entropies(rows: list[dict]) -> dict:
     column = [row["entropy"] for row in rows]
     places = {"entropy first": 0, "entropy early": len(column) // 5, "entropy": -1}
     return {name: column[place] for name, place in places.items()}
-
-
-# ------------------------------------------------------------------------------------
-# The figures of each lesson, from what it saved and printed
-# ------------------------------------------------------------------------------------
 
 
 def read_cartpole(module, healthy, saved, rows) -> dict:
@@ -150,34 +139,14 @@ def read_grpo(module, healthy, saved, rows) -> dict:
         curve([row["step"] for row in rows], rewards, 25)
         | {"end": statistics.fmean(rewards[-5:]), "greedy": scores.mean().item()}
         | entropies(rows)
-        | {
-            "cut off": (group["mask"].sum(1) == healthy.MAX_NEW_TOKENS)
-            .float()
-            .mean()
-            .item()
-        }
+        | {"cut off": statistics.fmean(group["mask"].sum(1) == healthy.MAX_NEW_TOKENS)}
         | {"KL": statistics.fmean(row["KL"] for row in rows)}
         | {"clipped": max(row["clipped"] for row in rows) / 100}
         | {"first loss": rows[0]["loss"], "first gradient": rows[0]["gradient"]}
     )
 
 
-READERS = dict(
-    zip(LESSONS, (read_cartpole, read_tictactoe, read_lander, read_grpo), strict=True)
-)
-
-# ------------------------------------------------------------------------------------
-# A run
-# ------------------------------------------------------------------------------------
-
-
-class Tee(io.StringIO):
-    """Keeps what is printed, and prints it."""
-
-    def write(self, text: str) -> int:
-        sys.__stdout__.write(text)
-        sys.__stdout__.flush()
-        return super().write(text)
+READERS = [read_cartpole, read_tictactoe, read_lander, read_grpo]
 
 
 def load(folder: Path, lesson: str):
@@ -199,24 +168,24 @@ def train(lesson: str, bug: Bug | None, settings: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         copy_lesson(Path(folder), lesson, bug, settings)
         module = load(Path(folder), lesson)
-        saves, out = [], Tee()
+        saves, lines = [], []
         signature = inspect.signature(module.save_run)
 
         def save_run(*arguments, **named) -> str:
             saves.append(signature.bind(*arguments, **named).arguments)
             return "nothing"
 
-        module.save_run = save_run
-        # A run that misses its aim ends in SystemExit, and counts like any other.
-        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        def heard(*words, **named) -> None:
+            print(*words, **named)
+            lines.extend(" ".join(map(str, words)).splitlines())
+
+        module.save_run, module.print = save_run, heard
+        with contextlib.suppress(SystemExit):  # a run that misses its aim counts, too
             module.main()
-        rows = [
-            {name: number(word) for name, word in row.items()}
-            for row in rows_of(out.getvalue().splitlines())
-        ]
+        rows = [{x: number(row[x]) for x in row} for row in rows_of(lines)]
         module.torch.manual_seed(settings["SEED"])  # for a network as it was at first
-        found = READERS[lesson](module, load(ROOT, lesson), saves[-1], rows)
-        return {"seed": settings["SEED"]} | found
+        read, healthy = READERS[LESSONS.index(lesson)], load(ROOT, lesson)
+        return {"seed": settings["SEED"]} | read(module, healthy, saves[-1], rows)
 
 
 def settings_of(bug: Bug, seed: int) -> dict:
@@ -224,27 +193,34 @@ def settings_of(bug: Bug, seed: int) -> dict:
     return FACTS[lesson_of(bug)]["settings"] | bug.settings | {"SEED": seed}
 
 
-def start(bug: Bug, plant_it: bool, seed: int, path: Path) -> subprocess.Popen:
-    """Begin a run in a process of its own, which writes its figures to a file."""
-    words = bug.name, str(plant_it), json.dumps(settings_of(bug, seed)), str(path)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-u", __file__, *words]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+class Run:
+    """A training run in a process of its own."""
 
+    def __init__(self, bug: Bug, plant_it: bool, seed: int) -> None:
+        words = bug.name, str(plant_it), json.dumps(settings_of(bug, seed))
+        command = [sys.executable, "-u", __file__, *words]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=env, stdout=pipe, text=True)
 
-def figures(process: subprocess.Popen, path: Path) -> dict:
-    """Wait for a run, and read its figures."""
-    process.communicate()
-    return json.loads(path.read_text()) if path.exists() else sys.exit("A run failed.")
+    def lines(self) -> Iterator[str]:
+        """What it prints, as it comes."""
+        for line in self.process.stdout:
+            self.last = line
+            yield line
+
+    def figures(self) -> dict:
+        """What was read off it: its last line."""
+        list(self.lines())
+        return json.loads(self.last) if not self.process.wait() else sys.exit(1)
 
 
 def main() -> None:
-    """What `start` starts."""
-    name, plant_it, settings, path = sys.argv[1:]
+    """What a Run starts."""
+    name, plant_it, settings = sys.argv[1:]
     bug = next(bug for bug in BUGS if bug.name == name)
     planted = bug if plant_it == "True" else None
-    found = train(lesson_of(bug), planted, json.loads(settings))
-    Path(path).write_text(json.dumps(found))
+    print(json.dumps(train(lesson_of(bug), planted, json.loads(settings))))
 
 
 if __name__ == "__main__":

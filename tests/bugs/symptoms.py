@@ -80,7 +80,11 @@ def one_seat(run: Run, healthy: list[Run]) -> bool:
     return bool(gaps) and max(gaps) > 2 and max(gaps) > 3 * min(gaps)
 
 
-def outside(name: str, low: float = 0.0, high: float = 1e9) -> Callable:
+def critic_blind(run: Run, _: list[Run]) -> bool:
+    return run.get("explained", 1) < 0.3
+
+
+def far(name: str, low: float = 0.0, high: float = 1e9) -> Callable:
     """Is a figure, without its sign, that far from those of all healthy runs?"""
 
     def rule(run: Run, healthy: list[Run]) -> bool:
@@ -100,50 +104,44 @@ SYMPTOMS: dict[str, tuple[str, Callable]] = {
     "later": ("It learns, but clearly later", later),
     "hidden": ("The curve shows nothing: as good as the healthy runs", hidden),
     "seeds differ": ("Some seeds work, others do not", lambda *_: False),
-    "bad in evaluation": (
+    "bad": (
         "Evaluated, it scores far worse than in training",
         lambda *runs: gain(*runs) < -0.25,
     ),
-    "better in evaluation": (
+    "better": (
         "Evaluated, it scores far better than in training",
         lambda *runs: gain(*runs) > 0.25,
     ),
-    "entropy 0": ("Entropy falls far too soon", outside("entropy early", low=0.5)),
+    "entropy 0": ("Entropy falls far too soon", far("entropy early", 0.5)),
     "entropy high": (
         "Entropy is far too high from the first step",
-        outside("entropy first", high=1.5),
+        far("entropy first", 0, 1.5),
     ),
     "entropy slow": (
         "Entropy falls more slowly than usual",
-        outside("entropy early", high=1.15),
+        far("entropy early", 0, 1.15),
     ),
     "entropy stays": ("Entropy ends far above the usual", entropy_stays),
     "ratio 1": (
         "The ratio never leaves 1: nothing is ever clipped",
-        outside("clipped", low=1e-9),
+        far("clipped", 1e-9),
     ),
-    "clipped": ("Far more is clipped than usual", outside("clipped", high=1.5)),
-    "KL 0": ("KL is 0 for ever", outside("KL", low=1e-9)),
-    "KL large": ("KL is more than twice as large as usual", outside("KL", high=2)),
-    "critic blind": (
-        "Explained variance near 0, or below",
-        lambda run, _: run.get("explained", 1) < 0.3,
-    ),
-    "loss": ("The actor's loss stays far from 0", outside("loss", high=2)),
+    "clipped": ("Far more is clipped than usual", far("clipped", 0, 1.5)),
+    "KL 0": ("KL is 0 for ever", far("KL", 1e-9)),
+    "KL large": ("KL is more than twice as large as usual", far("KL", 0, 2)),
+    "critic blind": ("Explained variance near 0, or below", critic_blind),
+    "loss": ("The actor's loss stays far from 0", far("loss", 0, 2)),
     "loses lines": (
         "It wins, but some lines of play are lost",
-        outside("lines lost", high=1),
+        far("lines lost", 0, 1),
     ),
     "one seat": ("It plays worse from one seat only", one_seat),
-    "never ends": ("Responses do not learn to end", outside("cut off", high=2.5)),
-    "shorter": ("Episodes are shorter than usual", outside("length", low=0.8)),
-    "first loss": (
-        "The loss of the first step is not 0",
-        outside("first loss", high=2),
-    ),
+    "never ends": ("Responses do not learn to end", far("cut off", 0, 2.5)),
+    "shorter": ("Episodes are shorter than usual", far("length", 0.8)),
+    "first loss": ("The loss of the first step is not 0", far("first loss", 0, 2)),
     "gradient": (
         "The first gradient is much longer or shorter",
-        outside("first gradient", low=0.6, high=1.67),
+        far("first gradient", 0.6, 1.67),
     ),
 }
 
