@@ -79,18 +79,14 @@ def cartpole_sign(log_probs, advantages):
     return (log_probs * advantages).mean()  # WRONG
 
 
-@function(CARTPOLE, "PolicyNetwork.forward", "gradients", "ML_practice#2", "flat")
-def cartpole_relu_on_logits(self, observations):
-    """Every layer got its activation, the last one too."""
-    return self.layers(observations).relu()  # WRONG
-
-
-@function(CARTPOLE, "PolicyNetwork.forward", "easy task", "common", "below")
-def cartpole_softmax_twice(self, observations):
-    """The network ends in a softmax, and Categorical(logits=...) adds its own."""
-    return self.layers(observations).softmax(1)  # WRONG
-
-
+lines(CARTPOLE, "cartpole-relu-on-logits", "gradients", "ML_practice#2", "flat")(
+    "Every layer got its activation, the last one too.",
+    ("self.layers(observations)", "self.layers(observations).relu()"),
+)
+lines(CARTPOLE, "cartpole-softmax-twice", "easy task", "common", "below")(
+    "The network ends in a softmax, and Categorical(logits=...) adds its own.",
+    ("self.layers(observations)", "self.layers(observations).softmax(1)"),
+)
 lines(CARTPOLE, "cartpole-action-drawn-again", "sign", "common", "flat")(
     "The distribution is at hand, the action that was taken is not.",
     (".log_prob(actions[alive])", ".log_prob(distribution.sample())"),
@@ -118,14 +114,10 @@ lines(CARTPOLE, "cartpole-padding-trained", "padding", "cleanrl#499")(
     ("policy(observations[alive])", "policy(observations.flatten(0, 1))"),
     ("log_prob(actions[alive])", "log_prob(actions.flatten())"),
 )
-
-
-@function(CARTPOLE, "subtract_mean", "by hand", "a textbook's exercise")
-def cartpole_no_baseline(returns):
-    """The expected gradient is the same without it."""
-    return returns  # WRONG
-
-
+lines(CARTPOLE, "cartpole-no-baseline", "by hand", "a textbook's exercise")(
+    "The expected gradient is the same without it.",
+    ("returns - returns.mean()", "returns"),
+)
 lines(CARTPOLE, "cartpole-mean-per-episode", "by hand", "common")(
     "Each episode is processed by itself, so its own mean is at hand.",
     (
@@ -171,14 +163,10 @@ lines(
     "The cheap test comes first: a win with the last stone becomes a draw.",
     ("won = has_won(boards)", "won = has_won(boards) & (boards == 0).any(axis=-1)"),
 )
-
-
-@function(TICTACTOE, "mask_illegal", "data", "stable-baselines PR 505")
-def tictactoe_illegal_logits_0(logits, action_mask):
-    """'Masked' is taken for 'multiplied by the mask'; but exp(0) = 1."""
-    return logits.masked_fill(action_mask == 0, 0.0)  # WRONG
-
-
+lines(TICTACTOE, "tictactoe-illegal-logits-0", "data", "stable-baselines PR 505")(
+    "'Masked' is taken for 'multiplied by the mask'; but exp(0) = 1.",
+    ("action_mask == 0, -torch.inf", "action_mask == 0, 0.0"),
+)
 lines(TICTACTOE, "tictactoe-opponent-is-the-actor", "gradients", "common")(
     "An assignment copies nothing in Python.",
     ("opponent = copy.deepcopy(actor)", "opponent = actor"),
@@ -197,38 +185,34 @@ lines(TICTACTOE, "tictactoe-learner-always-first", "data", "common", "one seat")
     "The loop begins with the learner's move.",
     ("torch.arange(GAMES_PER_UPDATE) % 2 == 0", "torch.arange(GAMES_PER_UPDATE) >= 0"),
 )
-
-
-@function(TICTACTOE, "CriticNetwork.forward", "by hand", "Spinning Up 2.2, RLinf#1568")
-def tictactoe_values_not_squeezed(self, observations):
-    """(B,) minus (B, 1) is (B, B), without an error."""
-    return self.layers(observations.float())  # WRONG
-
-
-@function(
-    TICTACTOE, "subtract_values", "gradients", "async-rl#8, keras-io#194", "entropy 0"
+lines(
+    TICTACTOE, "tictactoe-values-not-squeezed", "by hand", "Spinning Up 2.2, RLinf#1568"
+)(
+    "(B,) minus (B, 1) is (B, B), without an error.",
+    (".squeeze(-1)", ""),
 )
-def tictactoe_advantage_not_detached(returns, values):
-    """The formula has no 'detach', and nothing fails without it."""
-    return returns - values  # WRONG
-
-
-@function(TICTACTOE, "entropy_bonus", "sign", "pg-is-all-you-need#37", "below")
-def tictactoe_entropy_sign(entropies, beta):
-    """A penalty or a bonus? The loss subtracts this already."""
-    return -beta * entropies.mean()  # WRONG
-
-
-@function(TICTACTOE, "subtract_values", "by hand", "pytorch-rl#2")
-def tictactoe_critic_idle(returns, values):
-    """The critic is trained and printed, and nobody asks it."""
-    return returns  # WRONG
-
-
-@function(TICTACTOE, "critic_loss", "gradients", "CoursIA PR 15256")
-def tictactoe_critic_without_gradient(values, returns):
-    """A value was turned into a plain number too early."""
-    return ((returns - values.detach()) ** 2).mean()  # WRONG
+lines(
+    TICTACTOE,
+    "tictactoe-advantage-not-detached",
+    "gradients",
+    "async-rl#8, keras-io#194",
+    "entropy 0",
+)(
+    "The formula has no 'detach', and nothing fails without it.",
+    ("returns - values.detach()", "returns - values"),
+)
+lines(TICTACTOE, "tictactoe-entropy-sign", "sign", "pg-is-all-you-need#37", "below")(
+    "A penalty or a bonus? The loss subtracts this already.",
+    ("beta * entropies.mean()", "-beta * entropies.mean()"),
+)
+lines(TICTACTOE, "tictactoe-critic-idle", "by hand", "pytorch-rl#2")(
+    "The critic is trained and printed, and nobody asks it.",
+    ("returns - values.detach()", "returns"),
+)
+lines(TICTACTOE, "tictactoe-critic-without-gradient", "gradients", "CoursIA PR 15256")(
+    "A value was turned into a plain number too early.",
+    ("(returns - values) ** 2", "(returns - values.detach()) ** 2"),
+)
 
 
 # ------------------------------------------------------------------------------------
@@ -258,13 +242,10 @@ lines(LANDER, "lander-value-of-the-reset", "data", "mujoco_playground PR 351")(
     "The next observation after an autoreset is that of another episode.",
     ('next_observations[i] = info["final_obs"][i]', ""),
 )
-
-
-@function(LANDER, "normalise", "by hand", "pytorch-cpp-rl#14", "hidden")
-def lander_normalise_bracket(advantages):
-    """A bracket."""
-    # WRONG
-    return advantages - advantages.mean() / (advantages.std(correction=0) + 1e-4)
+lines(LANDER, "lander-normalise-bracket", "by hand", "pytorch-cpp-rl#14", "hidden")(
+    "A bracket.",
+    ("(advantages - advantages.mean()) /", "advantages - advantages.mean() /"),
+)
 
 
 @function(LANDER, "clipped_surrogate_loss", "by hand", "takuseno/ppo#3")
@@ -275,14 +256,13 @@ def lander_min_before_the_advantage(log_probs, old_log_probs, advantages, clip_e
     return -(torch.min(ratio, clipped_ratio) * advantages).mean()  # WRONG
 
 
-@function(LANDER, "clipped_surrogate_loss", "gradients", "common", "flat")
-def lander_ratio_without_gradient(log_probs, old_log_probs, advantages, clip_eps):
-    """One detach too many."""
-    ratio = torch.exp(log_probs.detach() - old_log_probs)  # WRONG
-    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
-
-
+lines(LANDER, "lander-ratio-without-gradient", "gradients", "common", "flat")(
+    "One detach too many.",
+    (
+        "torch.exp(log_probs - old_log_probs)",
+        "torch.exp(log_probs.detach() - old_log_probs)",
+    ),
+)
 lines(LANDER, "lander-rate-never-falls", "gradients", "tianshou#774, no bug there")(
     "The optimizer has two places that look like its learning rate.",
     ('optimizer.param_groups[0]["lr"]', 'optimizer.defaults["lr"]'),
