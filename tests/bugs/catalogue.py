@@ -1,14 +1,12 @@
 # ruff: noqa: F821, the names in these functions are those of the lessons
 """The bugs of the museum: what is wrong, how people come to write it, who met it.
 
-A bug in an equation or another small function is a `function` here: its body takes the
-place of the body of the lesson's function, so that it survives a rename in the lesson.
-`# WRONG` ends the line with the mistake, or stands above it, and is not planted. The
-docstring says how people come to write it.
+A bug by `lines`: how people come to write it, and pairs (right, wrong) of code, where
+`right` stands in the script exactly once, comments and docstrings left out.
 
-A bug anywhere else is one by `lines`: how people come to write it, and pairs (right,
-wrong) of code, where `right` stands in the script exactly once, comments and docstrings
-left out.
+A `function` takes the place of the body of the lesson's function, so that it survives
+a rename of the variables there. `# WRONG` ends the line with the mistake and is not
+planted. The docstring says how people come to write it.
 
 Both begin with the same facts: script, function or name, the cheapest of the CHECKS
 that finds it, its source (a thread of those who met it, or "common": in too many places
@@ -258,10 +256,7 @@ def lander_min_before_the_advantage(log_probs, old_log_probs, advantages, clip_e
 
 lines(LANDER, "lander-ratio-without-gradient", "gradients", "common", "flat")(
     "One detach too many.",
-    (
-        "torch.exp(log_probs - old_log_probs)",
-        "torch.exp(log_probs.detach() - old_log_probs)",
-    ),
+    ("exp(log_probs - old_log_probs)", "exp(log_probs.detach() - old_log_probs)"),
 )
 lines(LANDER, "lander-rate-never-falls", "gradients", "tianshou#774, no bug there")(
     "The optimizer has two places that look like its learning rate.",
