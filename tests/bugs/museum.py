@@ -15,7 +15,6 @@ For those who change a lesson (NAMES: of bugs, or 1 to 4 for all of a lesson):
     python tests/bugs/museum.py page            writes the pages and their pictures
 """
 
-import ast
 import base64
 import difflib
 import functools
@@ -204,25 +203,25 @@ def found_by(bug: Bug) -> str:
 
 def remember(bug: Bug, hints: int) -> None:
     """Write down which bug was drawn, so that no glance at the folder tells it."""
-    facts = json.dumps({"name": bug.name, "hints": hints})
-    (EXERCISE / ".bug").write_bytes(base64.b64encode(facts.encode()))
+    (EXERCISE / ".bug").write_bytes(base64.b64encode(f"{bug.name} {hints}".encode()))
 
 
-def remembered() -> tuple[str, int]:
+def remembered() -> list[str]:
     """The name of the bug that was drawn, or "", and how many hints were given."""
     path = EXERCISE / ".bug"
-    if not path.exists():
-        return "", 0
-    facts = json.loads(base64.b64decode(path.read_bytes()))
-    return facts["name"], facts["hints"]
+    return (
+        base64.b64decode(path.read_bytes()).decode().split() if path.exists() else [""]
+    )
 
 
-def the_exercise() -> tuple[Bug, int]:
-    """The bug that was drawn, and how many hints were given."""
-    name, hints = remembered()
+def the_exercise() -> tuple[Bug, int, str, str]:
+    """The bug that was drawn, the hints, and its script with the bug and without."""
+    name, *hints = remembered()
     if not name:
         sys.exit(f"There is no exercise yet: {ME} exercise")
-    return find(name), hints
+    bug = find(name)
+    texts = (exercise_text(bug, bug.file, with_bug) for with_bug in (True, False))
+    return bug, int(hints[0]), *texts
 
 
 def exercise(level: str = "") -> None:
@@ -292,58 +291,48 @@ def changes(right: str, other: str) -> list[tuple[int, int, str]]:
 
 def hint() -> None:
     """The symptom, then the function, then the line."""
-    bug, hints = the_exercise()
-    file, number = bug.file, hints + 1
-    text, right = (exercise_text(bug, file, with_bug) for with_bug in (True, False))
-    if number == 1:
-        for key in seen(bug):
-            print(f"Hint 1: {symptoms.words(key)}.")
-        print(f"Hint 1: {found_by(bug)}.")
+    bug, number, wrong, right = the_exercise()
+    places = changes(right, wrong)
+    if number == 0:
+        for said in [*map(symptoms.words, seen(bug)), found_by(bug)]:
+            print(f"Hint 1: {said}.")
+    elif number == 1:
+        line = code_lines(right)[places[0][0]][1]
+        functions = re.findall(
+            r"^ *def (\w+)", "\n".join(right.splitlines()[:line]), re.M
+        )
+        print(f"Hint 2: it is in {functions[-1]}() of {bug.file}.")
     elif number == 2:
-        print(f"Hint 2: it is in {function_around(text, right)} of {file}.")
-    elif number == 3:
-        where = "; ".join(words for _, _, words in changes(right, text))
-        print(f"Hint 3: look at {file}, {where} (as it was written).")
+        where = "; ".join(words for _, _, words in places)
+        print(f"Hint 3: look at {bug.file}, {where} (as it was written).")
     else:
         sys.exit(f"There is no other hint. To see the bug: {ME} solution show")
-    remember(bug, number)
-
-
-def function_around(text: str, right: str) -> str:
-    """The name of the function where two texts begin to differ."""
-    place = min(a for a, _, _ in changes(right, text))
-    line, name = code_lines(right)[place][1], "the code outside of functions"
-    for node in ast.walk(ast.parse(right)):
-        if isinstance(node, ast.FunctionDef) and node.lineno <= line <= node.end_lineno:
-            name = f"{node.name}()"
-    return name
+    remember(bug, number + 1)
 
 
 def solution(word: str = "") -> None:
     """Has the learner found it? If nothing was changed, or for `show`: the bug."""
     if word not in ("", "show"):
         sys.exit(f"solution, or solution show; not solution {word}")
-    bug, _ = the_exercise()
+    bug, _, wrong, right = the_exercise()
     mine = {file: (EXERCISE / file).read_text() for file in files_of(lesson_of(bug))}
     for file, text in mine.items():
         try:
             compile(text, file, "exec")
         except SyntaxError as problem:
             sys.exit(f"Not yet: line {problem.lineno} of {file} is not valid Python.")
-    if word == "show":
+    unchanged = code_hash(mine[bug.file]) == code_hash(wrong)
+    if unchanged or word == "show":
+        print(
+            "You have not changed the line yet. This is the bug:" if unchanged else ""
+        )
         return tell(bug)
-    planted_text, right = (exercise_text(bug, bug.file, w) for w in (True, False))
-    if code_hash(mine[bug.file]) == code_hash(planted_text):
-        print("You have not changed the line yet. This is the bug:")
-        return tell(bug)
-    bug_places = [(a, b) for a, b, _ in changes(right, planted_text)]
-    left, more = [], []
+    bug_places, left, more = changes(right, wrong), [], []
     for file, text in mine.items():
         healthy = exercise_text(bug, file, False)
-        if code_hash(text) == code_hash(healthy):
-            continue
-        for a, b, where in changes(healthy, text):
-            near = any(a <= last and first <= b for first, last in bug_places)
+        same = code_hash(text) == code_hash(healthy)
+        for a, b, where in [] if same else changes(healthy, text):
+            near = any(a <= last and first <= b for first, last, _ in bug_places)
             (left if near and file == bug.file else more).append(f"{where} of {file}")
     found = not left or passes_its_tests(bug, mine)
     other_words = ", in other words than ours" if left else ""

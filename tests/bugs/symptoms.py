@@ -1,52 +1,51 @@
 """What a bug looks like: figures of a run, and the symptoms that are read off them.
 
-A symptom is a rule on the figures of one run beside those of the healthy runs, so that
-no symptom on the pages is hearsay. A bug shows it if most of its seeds do.
+A symptom is a rule on the figures of one run, as runs.py has them, beside those of the
+healthy runs, so that no symptom on the pages is hearsay. A bug shows it if most of its
+seeds do.
 """
 
 import math
 import statistics
 from collections.abc import Callable
 
-Run = dict  # the figures of one run, see runs.py
 
-
-def middle(runs: list[Run], name: str) -> float:
+def middle(runs: list[dict], name: str) -> float:
     """The median of a figure over the seeds."""
     return statistics.median(run[name] for run in runs)
 
 
-def level(value: float, healthy: list[Run]) -> float:
+def level(value: float, healthy: list[dict]) -> float:
     """A training score on a scale from 0, a healthy start, to 1, a healthy end."""
     first, last = middle(healthy, "start"), middle(healthy, "end")
     return (value - first) / (last - first)
 
 
-def falls(run: Run, healthy: list[Run]) -> bool:
+def falls(run: dict, healthy: list[dict]) -> bool:
     starts = [each["start"] for each in healthy]
     return run["end"] < min(starts) - (max(starts) - min(starts))
 
 
-def flat(run: Run, healthy: list[Run]) -> bool:
+def flat(run: dict, healthy: list[dict]) -> bool:
     return level(run["best"], healthy) < 0.2 and not falls(run, healthy)
 
 
-def falls_back(run: Run, healthy: list[Run]) -> bool:
+def falls_back(run: dict, healthy: list[dict]) -> bool:
     best, last = level(run["best"], healthy), level(run["end"], healthy)
     return best > 0.25 and last < best - 0.25
 
 
-def good(run: Run, healthy: list[Run]) -> bool:
+def good(run: dict, healthy: list[dict]) -> bool:
     """No worse than the worst healthy run, but for 3 % of what there is to learn."""
     worst = min(level(each["end"], healthy) for each in healthy)
     return level(run["end"], healthy) >= worst - 0.03
 
 
-def below(run: Run, healthy: list[Run]) -> bool:
+def below(run: dict, healthy: list[dict]) -> bool:
     return not any(rule(run, healthy) for rule in (flat, falls, falls_back, good))
 
 
-def later(run: Run, healthy: list[Run]) -> bool:
+def later(run: dict, healthy: list[dict]) -> bool:
     """Is half of what there is to learn reached later than in the healthy runs?"""
     places = []
     for each in [run, *healthy]:
@@ -56,12 +55,12 @@ def later(run: Run, healthy: list[Run]) -> bool:
     return 1.3 * max(places[1:]) < places[0] < math.inf
 
 
-def hidden(run: Run, healthy: list[Run]) -> bool:
+def hidden(run: dict, healthy: list[dict]) -> bool:
     in_time = good(run, healthy) and not later(run, healthy)
     return in_time and not run.get("lines lost")
 
 
-def gain(run: Run, healthy: list[Run]) -> float:
+def gain(run: dict, healthy: list[dict]) -> float:
     """How much better it is evaluated than trained, if healthy runs have 0."""
     if "greedy" not in run:
         return 0.0
@@ -69,25 +68,25 @@ def gain(run: Run, healthy: list[Run]) -> float:
     return level(run["greedy"] - usual, healthy) - level(run["end"], healthy)
 
 
-def entropy_stays(run: Run, healthy: list[Run]) -> bool:
+def entropy_stays(run: dict, healthy: list[dict]) -> bool:
     first, last = middle(healthy, "entropy first"), middle(healthy, "entropy")
     return run["entropy"] > last + 0.75 * abs(first - last)
 
 
-def one_seat(run: Run, healthy: list[Run]) -> bool:
+def one_seat(run: dict, healthy: list[dict]) -> bool:
     seats = [seat for seat in ("wins 1st", "wins 2nd") if seat in run]
     gaps = [middle(healthy, seat) - run[seat] for seat in seats]
     return bool(gaps) and max(gaps) > 2 and max(gaps) > 3 * min(gaps)
 
 
-def critic_blind(run: Run, _: list[Run]) -> bool:
+def critic_blind(run: dict, _: list[dict]) -> bool:
     return run.get("explained", 1) < 0.3
 
 
 def far(name: str, low: float = 0.0, high: float = 1e9) -> Callable:
     """Is a figure, without its sign, that far from those of all healthy runs?"""
 
-    def rule(run: Run, healthy: list[Run]) -> bool:
+    def rule(run: dict, healthy: list[dict]) -> bool:
         usual = [abs(each[name]) for each in healthy if name in each]
         least, most = low * min(usual, default=0), high * max(usual, default=0)
         return name in run and not least <= abs(run[name]) <= most
@@ -152,7 +151,7 @@ def words(key: str) -> str:
     return text if text.startswith(("KL", "NaN")) else text[0].lower() + text[1:]
 
 
-def shown(runs: list[Run], healthy: list[Run]) -> list[str]:
+def shown(runs: list[dict], healthy: list[dict]) -> list[str]:
     """The symptoms that more than half of the runs show."""
     found = []
     for name, (_, rule) in SYMPTOMS.items():
