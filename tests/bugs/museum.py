@@ -187,13 +187,13 @@ def tell(bug: Bug) -> None:
     """What the bug is."""
     print(f"\n{bug.name}: {bug.why}\n")
     print("\n".join(plant.diff(bug)))
-    print(f"\nHow to find it: {found_by(bug)}.")
+    print(f"\nIt is {found_by(bug)}.")
 
 
 def found_by(bug: Bug) -> str:
-    """The check that finds a bug."""
+    """Which check finds a bug."""
     number = CHECKS.index(bug.check) + 1
-    return f"check {number} of tests/bugs/README.md finds it, {bug.check}"
+    return f"found by check {number} of tests/bugs/README.md, {bug.check}"
 
 
 # ------------------------------------------------------------------------------------
