@@ -324,13 +324,10 @@ lines(
 )
 
 
-@function(GRPO, "kl_estimate", "by hand", "hands-on-modern-rl#27", KL_COEF=0.4)
-def grpo_k3_turned_round(log_probs, ref_log_probs):
-    """Everywhere else in the script the ratio is new over old."""
-    log_ratio = log_probs - ref_log_probs  # WRONG
-    return log_ratio.exp() - log_ratio - 1
-
-
+lines(GRPO, "grpo-k3-turned-round", "by hand", "hands-on-modern-rl#27", KL_COEF=0.4)(
+    "Everywhere else in the script the ratio is new over old.",
+    ("= ref_log_probs - log_probs", "= log_probs - ref_log_probs"),
+)
 lines(GRPO, "grpo-kl-sign", "sign", "ToolRL#52", "falls", KL_COEF=0.4)(
     "Objective or loss? The sign of the penalty depends on it.",
     ("- kl_coef * ", "+ kl_coef * "),

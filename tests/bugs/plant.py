@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 import sys
-import textwrap
 import tokenize
 from pathlib import Path
 
@@ -111,12 +110,8 @@ def only_code(text: str) -> str:
 
 def with_function(bug: Bug, text: str) -> str:
     """The text with the wrong body; lines and comments that fit are the lesson's."""
-    *owner, name = bug.function.split(".")
-    body = ast.parse(text).body
-    for each in owner:
-        body = next((node.body for node in body if named(node, each)), [])
-    target = next((node for node in body if named(node, name)), None)
-    source = textwrap.dedent(inspect.getsource(bug.wrong))
+    target = next((x for x in ast.parse(text).body if named(x, bug.function)), None)
+    source = inspect.getsource(bug.wrong)
     wrong = ast.parse(source).body[0]
     if target is None or len(target.args.args) != len(wrong.args.args):
         what = "no longer there" if target is None else "called with other arguments"
@@ -126,15 +121,11 @@ def with_function(bug: Bug, text: str) -> str:
     start = target.body[ast.get_docstring(target) is not None].lineno - 1
     lines = text.splitlines()
     old = lines[start : target.end_lineno]
-    new = textwrap.dedent("\n".join(source.splitlines()[wrong.body[1].lineno - 1 :]))
-    new = textwrap.indent(new, " " * (target.col_offset + 4)).splitlines()
-    old_code, new_code = ([bare(line) for line in part] for part in (old, new))
-    new_code, merged = [line for line in new_code if line], []
-    for tag, a, b, c, d in difflib.SequenceMatcher(
-        None, old_code, new_code
-    ).get_opcodes():
+    new = [bare(line) for line in source.splitlines()[wrong.body[1].lineno - 1 :]]
+    both, merged = difflib.SequenceMatcher(None, [bare(line) for line in old], new), []
+    for tag, a, b, c, d in both.get_opcodes():
         comments = [line for line in old[a:b] if line.strip().startswith("#")]
-        merged += old[a:b] if tag == "equal" else comments + new_code[c:d]
+        merged += old[a:b] if tag == "equal" else comments + new[c:d]
     return "\n".join([*lines[:start], *merged, *lines[target.end_lineno :]]) + "\n"
 
 
@@ -144,8 +135,8 @@ def bare(line: str) -> str:
 
 
 def named(node: ast.AST, name: str) -> bool:
-    """Is this the function or class of that name?"""
-    return isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
+    """Is this the function of that name?"""
+    return isinstance(node, ast.FunctionDef) and node.name == name
 
 
 def diff(bug: Bug) -> list[str]:
