@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -149,6 +150,14 @@ def read_grpo(module, healthy, saved, rows) -> dict:
 READERS = [read_cartpole, read_tictactoe, read_lander, read_grpo]
 
 
+class Tee(io.StringIO):
+    """Keeps what is printed, and prints it."""
+
+    def write(self, text: str) -> int:
+        sys.__stdout__.write(text)
+        return super().write(text)
+
+
 def load(folder: Path, lesson: str):
     """Import a lesson from a folder, whatever was imported under its name before."""
     for file in files_of(lesson):
@@ -168,20 +177,18 @@ def train(lesson: str, bug: Bug | None, settings: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         copy_lesson(Path(folder), lesson, bug, settings)
         module = load(Path(folder), lesson)
-        saves, lines = [], []
+        saves, said = [], Tee()
         signature = inspect.signature(module.save_run)
 
         def save_run(*arguments, **named) -> str:
             saves.append(signature.bind(*arguments, **named).arguments)
             return "nothing"
 
-        def heard(*words, **named) -> None:
-            print(*words, **named)
-            lines.extend(" ".join(map(str, words)).splitlines())
-
-        module.save_run, module.print = save_run, heard
-        with contextlib.suppress(SystemExit):  # a run that misses its aim counts, too
+        module.save_run = save_run
+        # A run that misses its aim ends in SystemExit, and counts like any other.
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
             module.main()
+        lines = said.getvalue().splitlines()
         rows = [{x: number(row[x]) for x in row} for row in rows_of(lines)]
         module.torch.manual_seed(settings["SEED"])  # for a network as it was at first
         read, healthy = READERS[LESSONS.index(lesson)], load(ROOT, lesson)
@@ -212,7 +219,9 @@ class Run:
     def figures(self) -> dict:
         """What was read off it: its last line."""
         list(self.lines())
-        return json.loads(self.last) if not self.process.wait() else sys.exit(1)
+        if self.process.wait():
+            sys.exit("A run failed.")
+        return json.loads(self.last)
 
 
 def main() -> None:
