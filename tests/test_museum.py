@@ -14,12 +14,9 @@ sys.path.insert(0, str(ROOT / "tests" / "bugs"))
 import museum  # noqa: E402
 import mutations  # noqa: E402
 import pages  # noqa: E402
-import plant  # noqa: E402
-import runs  # noqa: E402
-import symptoms  # noqa: E402
-import trial  # noqa: E402
 from catalogue import BUGS, CARTPOLE, CHECKS  # noqa: E402
-from plant import LESSONS, bugs_of, code_hash  # noqa: E402
+from museum import plant, runs, symptoms, trial  # noqa: E402
+from plant import FACTS, LESSONS, bugs_of, code_hash  # noqa: E402
 
 
 def edit(path, pattern, new):
@@ -119,6 +116,7 @@ def test_the_solution_tells_a_fix_from_a_wrong_fix(game, capsys, monkeypatch):
     passed.append("in other words")
     museum.solution()
     assert "You found it, in other words" in capsys.readouterr().out
+    passed.clear()
     edit(script, r"return 2 \* \(log_probs", "return -(log_probs  ")
     museum.solution()
     said = capsys.readouterr().out
@@ -142,28 +140,26 @@ def test_hints_go_from_the_symptom_to_the_function_to_the_line(game, capsys):
         museum.hint()
 
 
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (["shufled"], "lander-not-shuffled"),
-        (["kl-sing"], "grpo-kl-sign"),
-        (["entropy-sign"], "tictactoe-entropy-sign or lander-entropy-sign"),
-        (["sign", "1"], "Too many"),
-        (["exercise", "5"], "exercise 1 to 4"),
-    ],
-)
+WRONG_COMMANDS = {
+    "shufled": "lander-not-shuffled",
+    "kl-sing": "grpo-kl-sign",
+    "entropy-sign": "tictactoe-entropy-sign or lander-entropy-sign",
+    "sign 1": "Too many",
+    "exercise 5": "exercise 1 to 4",
+}
+
+
+@pytest.mark.parametrize("words, said", WRONG_COMMANDS.items())
 def test_a_wrong_command_is_answered_in_a_line_of_help(words, said, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["museum.py", *words])
+    monkeypatch.setattr(sys, "argv", ["museum.py", *words.split()])
     with pytest.raises(SystemExit, match=said):
         museum.main()
 
 
 def test_a_bug_and_a_healthy_run_are_two_programs_in_one_table(capsys, monkeypatch):
-    shorter = museum.FACTS[CARTPOLE]["settings"] | {
-        "MAX_EPISODES": 288,
-        "SOLVED_SCORE": 60,
-    }
-    monkeypatch.setitem(museum.FACTS[CARTPOLE], "settings", shorter)
+    usual = FACTS[CARTPOLE]["settings"]
+    shorter = usual | {"MAX_EPISODES": 288, "SOLVED_SCORE": 60}
+    monkeypatch.setitem(FACTS[CARTPOLE], "settings", shorter)
     museum.show("sign")
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines() if re.match(r" +\d+ ", line)]
@@ -174,7 +170,6 @@ def test_a_bug_and_a_healthy_run_are_two_programs_in_one_table(capsys, monkeypat
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_a_page_has_every_bug_and_says_if_the_code_has_changed(lesson, monkeypatch):
-    (code,) = {run["code"] for run in museum.results_of(lesson)["healthy"][""]}
     monkeypatch.setattr(pages, "code_of", lambda _: "another")
     text = pages.page(lesson)
     heads = re.findall(r"^### (.*)$", text.replace(".", ""), re.M)
@@ -182,12 +177,13 @@ def test_a_page_has_every_bug_and_says_if_the_code_has_changed(lesson, monkeypat
     assert links == {head.replace(" ", "-") for head in heads}
     assert all(bug.why in text for bug in bugs_of(lesson))
     assert "with other code" in text
+    (code,) = {run["code"] for run in museum.results_of(lesson)["healthy"][""]}
     monkeypatch.setattr(pages, "code_of", lambda _: code)
     assert "with other code" not in pages.measured(lesson)
 
 
 def test_the_tests_of_a_lesson_run_fastest_first_on_a_copy(tmp_path, monkeypatch):
-    monkeypatch.setitem(plant.FACTS, "a lesson", {"tests": "test_it.py"})
+    monkeypatch.setitem(FACTS, "a lesson", {"tests": "test_it.py"})
     bodies = {"slow": "import time; time.sleep(0.5)", "wrong": "assert 0", "right": "0"}
     text = "".join(f"def test_{name}(): {body}\n" for name, body in bodies.items())
     (tmp_path / "test_it.py").write_text(text)
