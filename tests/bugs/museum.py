@@ -174,9 +174,8 @@ def show(word: str) -> None:
     pair = [runs.Run(bug, plant_it, SEEDS[0]) for plant_it in (True, False)]
     side_by_side(facts["columns"], pair)
     wrong, healthy = (run.figures() for run in pair)
-    if "greedy" in wrong:
-        score = f"{wrong['greedy']:.4g}, healthy {healthy['greedy']:.4g}"
-        print(f"\nEvaluated after training: {score}")
+    score = f"{wrong['greedy']:.4g}, healthy {healthy['greedy']:.4g}"
+    print(f"\nEvaluated after training: {score}")
     for key in symptoms.shown([wrong], [healthy]):
         print(f"Seen in this run: {symptoms.words(key)}.")
     tell(bug)

@@ -102,7 +102,7 @@ def read_tictactoe(module, healthy, saved, rows) -> dict:
     last = rows[-1]
     return (
         curve([0.0] + [row["updates"] for row in rows], [50 * sum(wins), *score])
-        | {"end": score[-1]}
+        | {"end": score[-1], "greedy": score[-1]}
         | {seat: last[seat] for seat in ("wins 1st", "wins 2nd")}
         | {"lines lost": last["lost 1st"] + last["lost 2nd"]}
         | {"loss": statistics.median(row["loss"] for row in rows)}

@@ -62,8 +62,6 @@ def hidden(run: dict, healthy: list[dict]) -> bool:
 
 def gain(run: dict, healthy: list[dict]) -> float:
     """How much better it is evaluated than trained, if healthy runs have 0."""
-    if "greedy" not in run:
-        return 0.0
     usual = middle(healthy, "greedy") - middle(healthy, "end")
     return level(run["greedy"] - usual, healthy) - level(run["end"], healthy)
 
@@ -88,8 +86,9 @@ def far(name: str, low: float = 0.0, high: float = 1e9) -> Callable:
 
     def rule(run: dict, healthy: list[dict]) -> bool:
         usual = [abs(each[name]) for each in healthy if name in each]
-        least, most = low * min(usual, default=0), high * max(usual, default=0)
-        return name in run and not least <= abs(run[name]) <= most
+        if name not in run or not usual:
+            return False
+        return not low * min(usual) <= abs(run[name]) <= high * max(usual)
 
     return rule
 
