@@ -1,14 +1,12 @@
 # ruff: noqa: F821, the names in these functions are those of the lessons
 """The bugs of the museum: what is wrong, how people come to write it, who met it.
 
-A bug in an equation or another small function is a `function` here: its body takes the
-place of the body of the lesson's function, so that it survives a rename in the lesson.
-`# WRONG` ends the line with the mistake, or stands above it, and is not planted. The
-docstring says how people come to write it.
+A bug by `lines`: how people come to write it, and pairs (right, wrong) of code, where
+`right` stands in the script exactly once, comments and docstrings left out.
 
-A bug anywhere else is one by `lines`: how people come to write it, and pairs (right,
-wrong) of code, where `right` stands in the script exactly once, comments and docstrings
-left out.
+A `function` takes the place of the body of the lesson's function, so that it survives
+a rename of the variables there. `# WRONG` ends the line with the mistake and is not
+planted. The docstring says how people come to write it.
 
 Both begin with the same facts: script, function or name, the cheapest of the CHECKS
 that finds it, its source (a thread of those who met it, or "common": in too many places
@@ -79,24 +77,17 @@ def cartpole_sign(log_probs, advantages):
     return (log_probs * advantages).mean()  # WRONG
 
 
-@function(CARTPOLE, "PolicyNetwork.forward", "gradients", "ML_practice#2", "flat")
-def cartpole_relu_on_logits(self, observations):
-    """Every layer got its activation, the last one too."""
-    return self.layers(observations).relu()  # WRONG
-
-
-@function(CARTPOLE, "PolicyNetwork.forward", "easy task", "common", "below")
-def cartpole_softmax_twice(self, observations):
-    """The network ends in a softmax, and Categorical(logits=...) adds its own."""
-    return self.layers(observations).softmax(1)  # WRONG
-
-
+lines(CARTPOLE, "cartpole-relu-on-logits", "gradients", "ML_practice#2", "flat")(
+    "Every layer got its activation, the last one too.",
+    ("self.layers(observations)", "self.layers(observations).relu()"),
+)
+lines(CARTPOLE, "cartpole-softmax-twice", "easy task", "common", "below")(
+    "The network ends in a softmax, and Categorical(logits=...) adds its own.",
+    ("self.layers(observations)", "self.layers(observations).softmax(1)"),
+)
 lines(CARTPOLE, "cartpole-action-drawn-again", "sign", "common", "flat")(
     "The distribution is at hand, the action that was taken is not.",
-    (
-        "distribution.log_prob(actions[alive])",
-        "distribution.log_prob(distribution.sample())",
-    ),
+    (".log_prob(actions[alive])", ".log_prob(distribution.sample())"),
 )
 
 
@@ -121,14 +112,10 @@ lines(CARTPOLE, "cartpole-padding-trained", "padding", "cleanrl#499")(
     ("policy(observations[alive])", "policy(observations.flatten(0, 1))"),
     ("log_prob(actions[alive])", "log_prob(actions.flatten())"),
 )
-
-
-@function(CARTPOLE, "subtract_mean", "by hand", "a textbook's exercise")
-def cartpole_no_baseline(returns):
-    """The expected gradient is the same without it."""
-    return returns  # WRONG
-
-
+lines(CARTPOLE, "cartpole-no-baseline", "by hand", "a textbook's exercise")(
+    "The expected gradient is the same without it.",
+    ("returns - returns.mean()", "returns"),
+)
 lines(CARTPOLE, "cartpole-mean-per-episode", "by hand", "common")(
     "Each episode is processed by itself, so its own mean is at hand.",
     (
@@ -166,10 +153,7 @@ lines(
     "falls",
 )(
     "After the step it is the other side's turn, and the reward looks like hers.",
-    (
-        "torch.where(learner_turn, rewards, -rewards)",
-        "torch.where(learner_turn, -rewards, rewards)",
-    ),
+    ("learner_turn, rewards, -rewards", "learner_turn, -rewards, rewards"),
 )
 lines(
     GAME, "tictactoe-full-board-before-three-in-a-row", "by hand", "muzero-general#37"
@@ -177,14 +161,10 @@ lines(
     "The cheap test comes first: a win with the last stone becomes a draw.",
     ("won = has_won(boards)", "won = has_won(boards) & (boards == 0).any(axis=-1)"),
 )
-
-
-@function(TICTACTOE, "mask_illegal", "data", "stable-baselines PR 505")
-def tictactoe_illegal_logits_0(logits, action_mask):
-    """'Masked' is taken for 'multiplied by the mask'; but exp(0) = 1."""
-    return logits.masked_fill(action_mask == 0, 0.0)  # WRONG
-
-
+lines(TICTACTOE, "tictactoe-illegal-logits-0", "data", "stable-baselines PR 505")(
+    "'Masked' is taken for 'multiplied by the mask'; but exp(0) = 1.",
+    ("action_mask == 0, -torch.inf", "action_mask == 0, 0.0"),
+)
 lines(TICTACTOE, "tictactoe-opponent-is-the-actor", "gradients", "common")(
     "An assignment copies nothing in Python.",
     ("opponent = copy.deepcopy(actor)", "opponent = actor"),
@@ -197,47 +177,40 @@ lines(
 )
 lines(TICTACTOE, "tictactoe-opponent-s-moves-trained", "data", "common")(
     "All moves are in the buffer, and all get the learner's result.",
-    (
-        "steps.append((boards, masks, actions, learner_moved))",
-        "steps.append((boards, masks, actions, alive))",
-    ),
+    ("masks, actions, learner_moved))", "masks, actions, alive))"),
 )
 lines(TICTACTOE, "tictactoe-learner-always-first", "data", "common", "one seat")(
     "The loop begins with the learner's move.",
     ("torch.arange(GAMES_PER_UPDATE) % 2 == 0", "torch.arange(GAMES_PER_UPDATE) >= 0"),
 )
-
-
-@function(TICTACTOE, "CriticNetwork.forward", "by hand", "Spinning Up 2.2, RLinf#1568")
-def tictactoe_values_not_squeezed(self, observations):
-    """(B,) minus (B, 1) is (B, B), without an error."""
-    return self.layers(observations.float())  # WRONG
-
-
-@function(
-    TICTACTOE, "subtract_values", "gradients", "async-rl#8, keras-io#194", "entropy 0"
+lines(
+    TICTACTOE, "tictactoe-values-not-squeezed", "by hand", "Spinning Up 2.2, RLinf#1568"
+)(
+    "(B,) minus (B, 1) is (B, B), without an error.",
+    (".squeeze(-1)", ""),
 )
-def tictactoe_advantage_not_detached(returns, values):
-    """The formula has no 'detach', and nothing fails without it."""
-    return returns - values  # WRONG
-
-
-@function(TICTACTOE, "entropy_bonus", "sign", "pg-is-all-you-need#37", "below")
-def tictactoe_entropy_sign(entropies, beta):
-    """A penalty or a bonus? The loss subtracts this already."""
-    return -beta * entropies.mean()  # WRONG
-
-
-@function(TICTACTOE, "subtract_values", "by hand", "pytorch-rl#2")
-def tictactoe_critic_idle(returns, values):
-    """The critic is trained and printed, and nobody asks it."""
-    return returns  # WRONG
-
-
-@function(TICTACTOE, "critic_loss", "gradients", "CoursIA PR 15256")
-def tictactoe_critic_without_gradient(values, returns):
-    """A value was turned into a plain number too early."""
-    return ((returns - values.detach()) ** 2).mean()  # WRONG
+lines(
+    TICTACTOE,
+    "tictactoe-advantage-not-detached",
+    "gradients",
+    "async-rl#8, keras-io#194",
+    "entropy 0",
+)(
+    "The formula has no 'detach', and nothing fails without it.",
+    ("returns - values.detach()", "returns - values"),
+)
+lines(TICTACTOE, "tictactoe-entropy-sign", "sign", "pg-is-all-you-need#37", "below")(
+    "A penalty or a bonus? The loss subtracts this already.",
+    ("beta * entropies.mean()", "-beta * entropies.mean()"),
+)
+lines(TICTACTOE, "tictactoe-critic-idle", "by hand", "pytorch-rl#2")(
+    "The critic is trained and printed, and nobody asks it.",
+    ("returns - values.detach()", "returns"),
+)
+lines(TICTACTOE, "tictactoe-critic-without-gradient", "gradients", "CoursIA PR 15256")(
+    "A value was turned into a plain number too early.",
+    ("(returns - values) ** 2", "(returns - values.detach()) ** 2"),
+)
 
 
 # ------------------------------------------------------------------------------------
@@ -245,60 +218,32 @@ def tictactoe_critic_without_gradient(values, returns):
 # ------------------------------------------------------------------------------------
 
 
-@function(LANDER, "gae", "by hand", "RoboVerse PR 814, SB3#105")
-def lander_ended_one_row_off(
-    rewards, values, next_values, terminated, ended, gamma, lam
-):
-    """Half of all code stores 'done' before the step, half of it after."""
-    deltas = rewards + gamma * next_values * (1 - terminated) - values
-    advantages = torch.zeros_like(rewards)
-    next_advantage = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        # WRONG
-        next_advantage = deltas[t] + gamma * lam * (1 - ended[t - 1]) * next_advantage
-        advantages[t] = next_advantage
-    return advantages
-
-
-@function(LANDER, "gae", "by hand", "Super-mario-bros-PPO#21", "critic blind")
-def lander_sum_runs_across_the_end(
-    rewards, values, next_values, terminated, ended, gamma, lam
-):
-    """Eq. (11) of the paper has no ends of episodes in it."""
-    deltas = rewards + gamma * next_values * (1 - terminated) - values
-    advantages = torch.zeros_like(rewards)
-    next_advantage = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        next_advantage = deltas[t] + gamma * lam * next_advantage  # WRONG
-        advantages[t] = next_advantage
-    return advantages
-
-
-@function(LANDER, "gae", "by hand", "cleanrl#198", "below")
-def lander_one_flag_for_both_ends(
-    rewards, values, next_values, terminated, ended, gamma, lam
-):
-    """Older environments had one flag, `done`."""
-    deltas = rewards + gamma * next_values * (1 - ended) - values  # WRONG
-    advantages = torch.zeros_like(rewards)
-    next_advantage = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        next_advantage = deltas[t] + gamma * lam * (1 - ended[t]) * next_advantage
-        advantages[t] = next_advantage
-    return advantages
-
-
+lines(LANDER, "lander-ended-one-row-off", "by hand", "RoboVerse PR 814, SB3#105")(
+    "Half of all code stores 'done' before the step, half of it after.",
+    ("(1 - ended[t])", "(1 - ended[t - 1])"),
+)
+lines(
+    LANDER,
+    "lander-sum-runs-across-the-end",
+    "by hand",
+    "Super-mario-bros-PPO#21",
+    "critic blind",
+)(
+    "Eq. (11) of the paper has no ends of episodes in it.",
+    (" * (1 - ended[t])", ""),
+)
+lines(LANDER, "lander-one-flag-for-both-ends", "by hand", "cleanrl#198", "below")(
+    "Older environments had one flag, `done`.",
+    ("next_values * (1 - terminated)", "next_values * (1 - ended)"),
+)
 lines(LANDER, "lander-value-of-the-reset", "data", "mujoco_playground PR 351")(
     "The next observation after an autoreset is that of another episode.",
     ('next_observations[i] = info["final_obs"][i]', ""),
 )
-
-
-@function(LANDER, "normalise", "by hand", "pytorch-cpp-rl#14", "hidden")
-def lander_normalise_bracket(advantages):
-    """A bracket."""
-    # WRONG
-    return advantages - advantages.mean() / (advantages.std(correction=0) + 1e-4)
+lines(LANDER, "lander-normalise-bracket", "by hand", "pytorch-cpp-rl#14", "hidden")(
+    "A bracket.",
+    ("(advantages - advantages.mean()) /", "advantages - advantages.mean() /"),
+)
 
 
 @function(LANDER, "clipped_surrogate_loss", "by hand", "takuseno/ppo#3")
@@ -309,14 +254,10 @@ def lander_min_before_the_advantage(log_probs, old_log_probs, advantages, clip_e
     return -(torch.min(ratio, clipped_ratio) * advantages).mean()  # WRONG
 
 
-@function(LANDER, "clipped_surrogate_loss", "gradients", "common", "flat")
-def lander_ratio_without_gradient(log_probs, old_log_probs, advantages, clip_eps):
-    """One detach too many."""
-    ratio = torch.exp(log_probs.detach() - old_log_probs)  # WRONG
-    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
-
-
+lines(LANDER, "lander-ratio-without-gradient", "gradients", "common", "flat")(
+    "One detach too many.",
+    ("exp(log_probs - old_log_probs)", "exp(log_probs.detach() - old_log_probs)"),
+)
 lines(LANDER, "lander-rate-never-falls", "gradients", "tianshou#774, no bug there")(
     "The optimizer has two places that look like its learning rate.",
     ('optimizer.param_groups[0]["lr"]', 'optimizer.defaults["lr"]'),
@@ -342,21 +283,14 @@ lines(LANDER, "lander-entropy-sign", "sign", "pg-is-all-you-need#37", "below")(
 # ------------------------------------------------------------------------------------
 
 
-@function(GRPO, "group_advantages", "ratio", "common")
-def grpo_no_baseline(rewards, scale_by_std=True):
-    """The reward model's score is taken for an advantage."""
-    centred = rewards  # WRONG
-    if centred.abs().max() <= 1e-6 * rewards.abs().max():
-        return torch.zeros_like(rewards)
-    return centred / (rewards.std() + 1e-4) if scale_by_std else centred
-
-
-@function(GRPO, "completion_mask", "by hand", "RAGEN#59", "never ends")
-def grpo_end_not_trained(completion_ids, end_ids):
-    """The end token is taken for padding, whose number it often shares."""
-    ends = torch.isin(completion_ids, end_ids).long()
-    ends_before = ends.cumsum(1)  # WRONG
-    return (ends_before == 0).long()
+lines(GRPO, "grpo-no-baseline", "ratio", "common")(
+    "The reward model's score is taken for an advantage.",
+    ("rewards - rewards.mean()", "rewards"),
+)
+lines(GRPO, "grpo-end-not-trained", "by hand", "RAGEN#59", "never ends")(
+    "The end token is taken for padding, whose number it often shares.",
+    (".cumsum(1) - ends", ".cumsum(1)"),
+)
 
 
 @function(GRPO, "completion_mask", "padding", "common")
@@ -365,32 +299,20 @@ def grpo_tokens_after_the_end_trained(completion_ids, end_ids):
     return torch.ones_like(completion_ids)  # WRONG
 
 
-@function(GRPO, "completion_log_probs", "by hand", "maxtext#2103")
-def grpo_logits_one_token_off(model, prompt_ids, completion_ids, temperature):
-    """The logits at place t are about the token at t + 1."""
-    ids = torch.cat([prompt_ids, completion_ids], 1)  # WRONG
-    length = completion_ids.shape[1]
-    logits = model(ids, use_cache=False, logits_to_keep=length).logits
-    logits = logits.float() / temperature if temperature != 1 else logits.float()
-    cross_entropy = nn.functional.cross_entropy(
-        logits.flatten(0, 1), completion_ids.flatten(), reduction="none"
-    )
-    return -cross_entropy.view_as(completion_ids)
-
-
-@function(GRPO, "completion_log_probs", "ratio", "trl#4159, PR 3029", TEMPERATURE=0.7)
-def grpo_temperature_only_in_drawing(model, prompt_ids, completion_ids, temperature):
-    """The generation settings belong to generation, it seems."""
-    ids = torch.cat([prompt_ids, completion_ids], 1)[:, :-1]
-    length = completion_ids.shape[1]
-    logits = model(ids, use_cache=False, logits_to_keep=length).logits
-    logits = logits.float()  # WRONG
-    cross_entropy = nn.functional.cross_entropy(
-        logits.flatten(0, 1), completion_ids.flatten(), reduction="none"
-    )
-    return -cross_entropy.view_as(completion_ids)
-
-
+lines(GRPO, "grpo-logits-one-token-off", "by hand", "maxtext#2103")(
+    "The logits at place t are about the token at t + 1.",
+    ("[prompt_ids, completion_ids], 1)[:, :-1]", "[prompt_ids, completion_ids], 1)"),
+)
+lines(
+    GRPO,
+    "grpo-temperature-only-in-drawing",
+    "ratio",
+    "trl#4159, PR 3029",
+    TEMPERATURE=0.7,
+)(
+    "The generation settings belong to generation, it seems.",
+    (" / temperature if temperature != 1 else logits.float()", ""),
+)
 lines(
     GRPO, "grpo-old-is-always-new", "ratio", "tensorforce#312", "ratio 1", INNER_STEPS=4
 )(
@@ -402,30 +324,14 @@ lines(
 )
 
 
-@function(GRPO, "kl_estimate", "by hand", "hands-on-modern-rl#27", KL_COEF=0.4)
-def grpo_k3_turned_round(log_probs, ref_log_probs):
-    """Everywhere else in the script the ratio is new over old."""
-    log_ratio = log_probs - ref_log_probs  # WRONG
-    return log_ratio.exp() - log_ratio - 1
-
-
-@function(GRPO, "grpo_loss", "sign", "ToolRL#52", "falls", KL_COEF=0.4)
-def grpo_kl_sign(
-    log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, kl_coef
-):
-    """Objective or loss? The sign of the penalty depends on it."""
-    padding = mask == 0
-    log_probs = log_probs.masked_fill(padding, 0.0)
-    ratio = (log_probs - old_log_probs).exp()
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    advantages = advantages.unsqueeze(1)
-    objective = torch.min(ratio * advantages, clipped * advantages)
-    if ref_log_probs is not None:
-        objective = objective + kl_coef * kl_estimate(log_probs, ref_log_probs)  # WRONG
-    objective = objective.masked_fill(padding, 0.0)
-    return -(objective.sum(1) / mask.sum(1).clamp(min=1)).mean()
-
-
+lines(GRPO, "grpo-k3-turned-round", "by hand", "hands-on-modern-rl#27", KL_COEF=0.4)(
+    "Everywhere else in the script the ratio is new over old.",
+    ("= ref_log_probs - log_probs", "= log_probs - ref_log_probs"),
+)
+lines(GRPO, "grpo-kl-sign", "sign", "ToolRL#52", "falls", KL_COEF=0.4)(
+    "Objective or loss? The sign of the penalty depends on it.",
+    ("- kl_coef * ", "+ kl_coef * "),
+)
 lines(GRPO, "grpo-reference-is-the-policy", "gradients", "common", "KL 0", KL_COEF=0.4)(
     "An assignment copies nothing in Python.",
     ("copy.deepcopy(policy)", "policy"),

@@ -15,22 +15,18 @@ For those who change a lesson (NAMES: of bugs, or 1 to 4 for all of a lesson):
     python tests/bugs/museum.py page            writes the pages and their pictures
 """
 
-import ast
 import base64
 import difflib
 import functools
+import inspect
+import itertools
 import json
 import os
-import platform
-import queue
 import random
 import re
 import shutil
 import sys
-import tempfile
-import threading
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -39,7 +35,8 @@ import runs
 import symptoms
 import trial
 from catalogue import BUGS, CHECKS, TICTACTOE, Bug
-from plant import FACTS, HERE, LESSONS, ROOT, bugs_of, files_of, lesson_of, planted
+from common import code_hash, versions
+from plant import FACTS, HERE, LESSONS, bugs_of, files_of, lesson_of, planted, trouble
 
 EXERCISE = HERE / "exercise"
 SEEDS = (0, 1, 2)
@@ -48,20 +45,18 @@ ME = "python tests/bugs/museum.py"
 
 def find(word: str) -> Bug:
     """The bug of that name, whole or without its lesson; or one line of help."""
-    exact = [bug for bug in BUGS if word == bug.name]
-    found = exact or [bug for bug in BUGS if word == bug.name.split("-", 1)[1]]
+    found = [bug for bug in BUGS if word in (bug.name, bug.name.split("-", 1)[1])]
     if len(found) == 1:
         return found[0]
-    parts = {part for bug in BUGS for part in (bug.name, *bug.name.split("-"))}
-    alike = difflib.get_close_matches(word, parts, 2)
-    alike = [part for part in alike if "-" in part] or alike
-    near = [b.name for b in found or BUGS if found or any(x in b.name for x in alike)]
-    maybe = f"Do you mean {' or '.join(near[:4])}?" if near else f"All are in: {ME}"
+    parts = {part: b.name for b in BUGS for part in (*b.name.split("-"), b.name)}
+    alike = difflib.get_close_matches(word, parts)
+    near = [bug.name for bug in found] or sorted({parts[part] for part in alike})
+    maybe = f"Do you mean {' or '.join(near)}?" if near else f"All are in: {ME}"
     sys.exit(f"No bug is called {word}. {maybe}")
 
 
-def chosen(words: list[str]) -> list[Bug]:
-    """The bugs of that names and lessons; without any, all."""
+def chosen(words: tuple[str, ...]) -> list[Bug]:
+    """The bugs of these names and lessons; without any, all."""
     found = []
     for word in words or "1234":
         found += bugs_of(LESSONS[int(word) - 1]) if word in "1234" else [find(word)]
@@ -77,11 +72,6 @@ def list_bugs() -> None:
         print("\n".join(f"    {name}" for name in names))
 
 
-# ------------------------------------------------------------------------------------
-# Results
-# ------------------------------------------------------------------------------------
-
-
 def path_of(lesson: str) -> Path:
     """The file with what was measured of a lesson."""
     return HERE / "results" / f"{Path(lesson).stem}.json"
@@ -89,9 +79,7 @@ def path_of(lesson: str) -> Path:
 
 def results_of(lesson: str) -> dict:
     """What was measured: runs of the healthy lesson, runs of each bug, its tests."""
-    if path_of(lesson).exists():
-        return json.loads(path_of(lesson).read_text())
-    return {"machine": {}, "caught": {}, "healthy": {}, "bugs": {}}
+    return json.loads(path_of(lesson).read_text())
 
 
 def keep(lesson: str, results: dict) -> None:
@@ -119,129 +107,92 @@ def seen(bug: Bug) -> list[str]:
     return symptoms.shown(found, healthy) if found and healthy else []
 
 
-def measure(words: list[str]) -> None:
+def measure(*words: str) -> None:
     """Train bugs and healthy lessons, unless it was done with the code of today."""
-    packages = "torch", "gymnasium", "transformers"
-    machine = {"python": platform.python_version()} | {p: version(p) for p in packages}
     jobs = {}
-    for bug in chosen(words):
-        for seed in SEEDS:
-            jobs[lesson_of(bug), "healthy", group_of(bug), seed] = bug
-            jobs[lesson_of(bug), "bugs", bug.name, seed] = bug
+    for bug, seed in itertools.product(chosen(words), SEEDS):
+        jobs[lesson_of(bug), "healthy", group_of(bug), seed] = bug
+        jobs[lesson_of(bug), "bugs", bug.name, seed] = bug
     for (lesson, kind, name, seed), bug in jobs.items():
-        results, code = results_of(lesson), plant.code_hash(lesson)
-        kept = results[kind].setdefault(name, [])
+        results, code = results_of(lesson), plant.code_of(lesson)
+        kept = results[kind].get(name, [])
         if any(run["seed"] == seed and run["code"] == code for run in kept):
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "figures.json")
-            said = runs.start(bug, kind == "bugs", seed, path).communicate()[0]
-            if not path.exists():
-                sys.exit(f"{name or 'healthy'}, seed {seed}: {said[-3000:]}")
-            run = {"code": code, "date": str(date.today())}
-            run |= json.loads(path.read_text())
-        kept[:] = [*(each for each in kept if each["seed"] != seed), run]
-        kept.sort(key=lambda each: each["seed"])
+        run = {"code": code, "date": str(date.today())}
+        run |= runs.Run(bug, kind == "bugs", seed).figures()
+        kept = [*(each for each in kept if each["seed"] != seed), run]
+        results[kind][name] = sorted(kept, key=lambda each: each["seed"])
+        machine = versions(["torch", "gymnasium", "transformers"])
         keep(lesson, results | {"machine": machine})
-        print(
-            f"{name or 'healthy':44} seed {seed} {run.get('end', 0):9.2f}", flush=True
-        )
+        print(f"{name or 'healthy':44} seed {seed} {run['end']:9.2f}", flush=True)
 
 
-def check(words: list[str]) -> None:
+def check(*words: str) -> None:
     """Plant each bug: which of the lesson's tests fail? Keep their names."""
     trial.import_libraries()
-    missed, seconds = [], {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        trial.copy_of_repository(folder)
+    missed = []
+    with trial.copy_of_repository() as folder:
         for bug in chosen(words):
-            lesson = lesson_of(bug)
-            if lesson not in seconds:
-                seconds[lesson] = trial.seconds_of(folder, lesson)
-            (folder / bug.file).write_text(planted(bug))
-            # All tests of less than a second; if none of them fails, the others.
-            failed = trial.run_tests(folder, lesson, seconds[lesson], slowest=1)[0]
-            if not failed:
-                failed = trial.run_tests(folder, lesson, seconds[lesson], "-x")[0]
-            shutil.copy(ROOT / bug.file, folder)
+            lesson, text = lesson_of(bug), planted(bug)
+            failed = trial.red_tests(folder, lesson, bug.file, text, at_most=5)
             missed += [] if failed else [bug.name]
             word = failed[0].split("::")[-1] if failed else "NOT CAUGHT"
             print(f"{bug.name:44} {word}", flush=True)
             results = results_of(lesson)
-            results["caught"][bug.name] = failed[:5]
+            results["caught"][bug.name] = failed
             keep(lesson, results)
     if missed:
         sys.exit(f"Not caught: {', '.join(missed)}")
 
 
-# ------------------------------------------------------------------------------------
-# A bug beside a healthy run
-# ------------------------------------------------------------------------------------
+def page() -> None:
+    """Write the pages and their pictures."""
+    import pages
+
+    pages.write()
 
 
-def side_by_side(columns: list[str], processes: list) -> list[str]:
-    """Print the rows of both runs in one table as they come; gives their last words."""
+def side_by_side(columns: list[str], pair: list[runs.Run]) -> None:
+    """Print the rows of both runs in one table as they come."""
     first, *others = columns
     print(" " * 8 + "".join(f"{name:>16}" for name in others))
     print(f"{first:>8}" + f"{'bug':>8} healthy" * len(others))
-    news, rows, open_, words = queue.Queue(), [[], []], {0, 1}, ["", ""]
-
-    def follow(number: int) -> None:
-        table = runs.Table()
-        for line in processes[number].stdout:
-            row = table.row(line)
-            news.put((number, row)) if row else None
-            words[number] = (words[number] + line)[-2000:]
-        news.put((number, None))
-
-    for number in (0, 1):
-        threading.Thread(target=follow, args=(number,), daemon=True).start()
-    shown = 0
-    while open_:
-        number, row = news.get()
-        rows[number].append(row) if row else open_.discard(number)
-        lengths = [len(rows[n]) for n in (0, 1)]
-        while shown < max(lengths) and all(lengths[n] > shown for n in open_):
-            pair = [part[shown] if len(part) > shown else None for part in rows]
-            place = next(row for row in pair if row).get(first, "")
-            cells = ((row or {}).get(name, "-") for name in others for row in pair)
-            print(f"{place:>8}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
-            shown += 1
-    return words
+    tables = [runs.rows_of(run.lines()) for run in pair]
+    for rows in itertools.zip_longest(*tables, fillvalue={}):
+        place = next(row[first] for row in rows if row)
+        cells = (row.get(name, "-") for name in others for row in rows)
+        print(f"{place:>8}" + "".join(f"{cell:>8}" for cell in cells), flush=True)
 
 
-def show(word: str, seed: int = 0) -> None:
+def show(word: str) -> None:
     """Train with the bug and without, side by side, and say what was seen."""
     bug = find(word)
-    lesson, page = lesson_of(bug), FACTS[lesson_of(bug)]["page"]
+    facts = FACTS[lesson_of(bug)]
     planted(bug)  # stops here if it cannot be planted
-    print(f"{lesson} with {bug.name} and without, seed {seed}.")
+    print(f"{lesson_of(bug)} with {bug.name} and without, seed {SEEDS[0]}.")
     print("'-': that run has ended. Importing the libraries takes seconds ...\n")
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, name) for name in ("bug", "healthy")]
-        pairs = zip(paths, (True, False), strict=True)
-        processes = [runs.start(bug, with_it, seed, path) for path, with_it in pairs]
-        words = side_by_side(FACTS[lesson]["columns"], processes)
-        for process, path, said in zip(processes, paths, words, strict=True):
-            if process.wait() or not path.exists():
-                sys.exit(f"A run failed:\n{said}")
-        wrong, healthy = (json.loads(path.read_text()) for path in paths)
-    if "greedy" in wrong:
-        score = f"{wrong['greedy']:.4g}, healthy {healthy['greedy']:.4g}"
-        print(f"\nEvaluated after training: {score}")
+    pair = [runs.Run(bug, plant_it, SEEDS[0]) for plant_it in (True, False)]
+    side_by_side(facts["columns"], pair)
+    wrong, healthy = (run.figures() for run in pair)
+    score = f"{wrong['greedy']:.4g}, healthy {healthy['greedy']:.4g}"
+    print(f"\nEvaluated after training: {score}")
     for key in symptoms.shown([wrong], [healthy]):
         print(f"Seen in this run: {symptoms.words(key)}.")
     tell(bug)
-    print(f"\nMore: tests/bugs/{page}, {bug.name}")
+    print(f"\nMore: tests/bugs/{facts['page']}, {bug.name}")
 
 
 def tell(bug: Bug) -> None:
     """What the bug is."""
     print(f"\n{bug.name}: {bug.why}\n")
     print("\n".join(plant.diff(bug)))
+    print(f"\nIt is {found_by(bug)}.")
+
+
+def found_by(bug: Bug) -> str:
+    """Which check finds a bug."""
     number = CHECKS.index(bug.check) + 1
-    print(f"\nCheck {number} of tests/bugs/README.md finds it: {bug.check}.")
+    return f"found by check {number} of tests/bugs/README.md, {bug.check}"
 
 
 # ------------------------------------------------------------------------------------
@@ -249,42 +200,45 @@ def tell(bug: Bug) -> None:
 # ------------------------------------------------------------------------------------
 
 
-def remember(**facts) -> None:
+def remember(bug: Bug, hints: int) -> None:
     """Write down which bug was drawn, so that no glance at the folder tells it."""
-    (EXERCISE / ".bug").write_bytes(base64.b64encode(json.dumps(facts).encode()))
+    (EXERCISE / ".bug").write_bytes(base64.b64encode(f"{bug.name} {hints}".encode()))
 
 
-def remembered() -> dict:
-    """What `remember` has written; {} if there is no exercise."""
+def remembered() -> list[str]:
+    """The name of the bug that was drawn, or "", and how many hints were given."""
     path = EXERCISE / ".bug"
-    return json.loads(base64.b64decode(path.read_bytes())) if path.exists() else {}
+    return (
+        base64.b64decode(path.read_bytes()).decode().split() if path.exists() else [""]
+    )
 
 
-def the_exercise() -> tuple[Bug, dict]:
-    """The bug that was drawn, and what else is remembered."""
-    facts = remembered()
-    if not facts:
+def the_exercise() -> tuple[Bug, int, str, str]:
+    """The bug that was drawn, the hints, and its script with the bug and without."""
+    name, *hints = remembered()
+    if not name:
         sys.exit(f"There is no exercise yet: {ME} exercise")
-    return find(facts["name"]), facts
+    bug = find(name)
+    texts = (exercise_text(bug, bug.file, with_bug) for with_bug in (True, False))
+    return bug, int(hints[0]), *texts
 
 
-def exercise(level: str = "", dice: random.Random = random) -> None:
+def exercise(level: str = "") -> None:
     """Write a lesson with a bug drawn at random, another one than last time."""
     if level not in ("", "1", "2", "3", "4", "hard"):
         sys.exit(f"exercise, exercise 1 to 4, or exercise hard; not exercise {level}")
-    lessons = [LESSONS[int(level) - 1]] if level.isdigit() else LESSONS
-    bugs = [bug for lesson in lessons for bug in bugs_of(lesson)]
-    if level == "hard":
-        bugs = [bug for bug in bugs if "hidden" in seen(bug)]
-    else:
-        bugs = [bug for bug in bugs if set(seen(bug)) - {"hidden"}]
-    last = remembered().get("name")
-    bugs = [bug for bug in dice.sample(bugs, len(bugs)) if bug.name != last]
-    bug = next(bug for bug in bugs if not plant.trouble(bug))
+    bugs = bugs_of(LESSONS[int(level) - 1]) if level.isdigit() else BUGS
+
+    def fits(bug: Bug) -> bool:
+        wanted = {"hidden"} if level == "hard" else {*symptoms.SYMPTOMS} - {"hidden"}
+        another = bug.name != remembered()[0]
+        return another and bool(wanted.intersection(seen(bug))) and not trouble(bug)
+
+    bug = next(filter(fits, random.sample(bugs, len(bugs))))
     shutil.rmtree(EXERCISE, ignore_errors=True)
     lesson, folder = lesson_of(bug), os.path.relpath(EXERCISE)
     runs.copy_lesson(EXERCISE, lesson, bug, exercise_settings(bug))
-    remember(name=bug.name, hints=0)
+    remember(bug, 0)
     beside = " (or the game beside it)" if lesson == TICTACTOE else ""
     meant = "".join(f" ({k} = {v} is meant so.)" for k, v in bug.settings.items())
     look = f"""\
@@ -305,15 +259,13 @@ Fixed it, or given up: {ME} solution""")
 
 def exercise_settings(bug: Bug) -> dict:
     """As long as the runs on the page, to compare figures, but with another seed."""
-    return FACTS[lesson_of(bug)]["settings"] | bug.settings | {"SEED": len(SEEDS)}
+    return runs.settings_of(bug, len(SEEDS))
 
 
 def exercise_text(bug: Bug, file: str, with_bug: bool) -> str:
     """A script of the exercise as it was written, or as it would be without the bug."""
-    plant_it = with_bug and file == bug.file
-    text = planted(bug) if plant_it else (ROOT / file).read_text()
-    settings = exercise_settings(bug) if file == lesson_of(bug) else {}
-    return plant.with_settings(text, **settings)
+    planted_bug = bug if with_bug else None
+    return plant.text_of(file, lesson_of(bug), planted_bug, exercise_settings(bug))
 
 
 def code_lines(text: str) -> list[tuple[str, int]]:
@@ -338,115 +290,81 @@ def changes(right: str, other: str) -> list[tuple[int, int, str]]:
 
 def hint() -> None:
     """The symptom, then the function, then the line."""
-    bug, facts = the_exercise()
-    file, number = bug.file, facts["hints"] + 1
-    text, right = (exercise_text(bug, file, with_bug) for with_bug in (True, False))
-    if number == 1:
-        for key in seen(bug):
-            print(f"Hint 1: {symptoms.words(key)}.")
-        check_number = CHECKS.index(bug.check) + 1
-        print(f"Hint 1: check {check_number} of README.md finds it: {bug.check}.")
+    bug, number, wrong, right = the_exercise()
+    places = changes(right, wrong)
+    if number == 0:
+        for said in [*map(symptoms.words, seen(bug)), found_by(bug)]:
+            print(f"Hint 1: {said}.")
+    elif number == 1:
+        line = code_lines(right)[places[0][0]][1]
+        functions = re.findall(
+            r"^ *def (\w+)", "\n".join(right.splitlines()[:line]), re.M
+        )
+        print(f"Hint 2: it is in {functions[-1]}() of {bug.file}.")
     elif number == 2:
-        print(f"Hint 2: it is in {function_around(text, right)} of {file}.")
-    elif number == 3:
-        where = "; ".join(words for _, _, words in changes(right, text))
-        print(f"Hint 3: look at {file}, {where} (as it was written).")
+        where = "; ".join(words for _, _, words in places)
+        print(f"Hint 3: look at {bug.file}, {where} (as it was written).")
     else:
         sys.exit(f"There is no other hint. To see the bug: {ME} solution show")
-    remember(**facts | {"hints": number})
-
-
-def function_around(text: str, right: str) -> str:
-    """The name of the function where two texts begin to differ."""
-    place = min(a for a, _, _ in changes(right, text))
-    line, name = code_lines(right)[place][1], "the code outside of functions"
-    for node in ast.walk(ast.parse(right)):
-        is_function = isinstance(node, ast.FunctionDef) and plant.named(node, node.name)
-        if is_function and node.lineno <= line <= node.end_lineno:
-            name = f"{node.name}()"
-    return name
+    remember(bug, number + 1)
 
 
 def solution(word: str = "") -> None:
     """Has the learner found it? If nothing was changed, or for `show`: the bug."""
     if word not in ("", "show"):
         sys.exit(f"solution, or solution show; not solution {word}")
-    bug, _ = the_exercise()
+    bug, _, wrong, right = the_exercise()
     mine = {file: (EXERCISE / file).read_text() for file in files_of(lesson_of(bug))}
     for file, text in mine.items():
         try:
             compile(text, file, "exec")
         except SyntaxError as problem:
             sys.exit(f"Not yet: line {problem.lineno} of {file} is not valid Python.")
-    if word == "show":
+    unchanged = code_hash(mine[bug.file]) == code_hash(wrong)
+    if unchanged or word == "show":
+        print(
+            "You have not changed the line yet. This is the bug:" if unchanged else ""
+        )
         return tell(bug)
-    planted_text, right = (exercise_text(bug, bug.file, w) for w in (True, False))
-    if plant.same_code(mine[bug.file], planted_text):
-        print("You have not changed the line yet. This is the bug:")
-        return tell(bug)
-    bug_places = [(a, b) for a, b, _ in changes(right, planted_text)]
-    left, more = [], []
+    bug_places, left, more = changes(right, wrong), [], []
     for file, text in mine.items():
         healthy = exercise_text(bug, file, False)
-        same = plant.same_code(text, healthy)
+        same = code_hash(text) == code_hash(healthy)
         for a, b, where in [] if same else changes(healthy, text):
-            near = any(a <= last and first <= b for first, last in bug_places)
+            near = any(a <= last and first <= b for first, last, _ in bug_places)
             (left if near and file == bug.file else more).append(f"{where} of {file}")
-    if left and not passes_its_tests(bug, mine):
-        print(f"Not yet: {'; '.join(left)} still differs from the lesson.")
-        for where in more:
-            print(f"You changed more than that: {where} was right.")
-        print(f"A hint: {ME} hint. To see the bug: {ME} solution show")
-        sys.exit(1)
-    print("You found it." if not left else "You found it, in other words than ours.")
+    found = not left or passes_its_tests(bug, mine)
+    other_words = ", in other words than ours" if left else ""
+    not_yet = f"Not yet: {'; '.join(left)} still differs from the lesson."
+    print(f"You found it{other_words}." if found else not_yet)
     for where in more:
-        print(f"But you changed more than needed: {where} was right.")
+        print(f"You changed more than needed: {where} was right.")
+    if not found:
+        sys.exit(f"A hint: {ME} hint. To see the bug: {ME} solution show")
     tell(bug)
 
 
 def passes_its_tests(bug: Bug, mine: dict[str, str]) -> bool:
     """Do the tests that the bug fails pass with what the learner wrote instead?"""
     tests = results_of(lesson_of(bug))["caught"].get(bug.name, [])
-    if not tests:
-        return False
-    print("Not word for word as in the lesson: its tests will tell ...", flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        trial.copy_of_repository(folder)
-        for file, text in mine.items():
-            code = plant.settings_in((ROOT / file).read_text())
-            names = exercise_settings(bug).keys() & code.keys()
-            usual = {name: ast.literal_eval(code[name]) for name in names}
-            (folder / file).write_text(plant.with_settings(text, **usual))
-        return trial.passes(folder, tests)
-
-
-# ------------------------------------------------------------------------------------
-# Which command?
-# ------------------------------------------------------------------------------------
+    if tests:
+        print("Not word for word as in the lesson: its tests will tell ...", flush=True)
+    return bool(tests) and trial.passes(mine, tests)
 
 
 def main() -> None:
     """See the top of this file."""
-    command, *rest = sys.argv[1:] or ["list"]
-    at_most = {"exercise": 1, "hint": 0, "solution": 1, "page": 0, "list": 0}
-    if len(rest) > at_most.get(command, 1) and command not in ("check", "measure"):
-        sys.exit(f"Too many arguments: {' '.join(rest)}. For help: {ME} --help")
+    command, *words = sys.argv[1:] or ["list"]
+    known = exercise, hint, solution, check, measure, page
+    commands = {function.__name__: function for function in known}
+    commands |= dict.fromkeys(("list", "help", "-h", "--help"), list_bugs)
+    call = commands.get(command, functools.partial(show, command))
     try:
-        if command in ("list", "help", "-h", "--help"):
-            list_bugs()
-        elif command == "page":
-            import pages
-
-            pages.write()
-        elif command in ("check", "measure"):
-            {"check": check, "measure": measure}[command](rest)
-        elif command in ("exercise", "hint", "solution"):
-            {"exercise": exercise, "hint": hint, "solution": solution}[command](*rest)
-        elif rest and not rest[0].isdigit():
-            sys.exit(f"{rest[0]} is no seed: {ME} {find(command).name} 1")
-        else:
-            show(command, *map(int, rest))
+        inspect.signature(call).bind(*words)
+    except TypeError:
+        sys.exit(f"Too many arguments: {' '.join(words)}. For help: {ME} --help")
+    try:
+        call(*words)
     except plant.Gone as problem:
         sys.exit(str(problem))
 

@@ -12,9 +12,7 @@ tried first. Needs os.fork (Linux, macOS).
 import ast
 import copy
 import json
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,11 +28,10 @@ EQUATIONS = {
     GRPO: "group_advantages completion_mask completion_log_probs kl_estimate grpo_loss",
 }
 
-OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
-OPERATORS |= {ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr}
-COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
-COMPARISONS |= {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot}
-COMPARISONS |= {ast.IsNot: ast.Is}
+OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
+OTHER |= {ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr}
+OTHER |= {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+OTHER |= {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
 NAMES = {"max": "min", "min": "max", "mean": "sum", "sum": "mean"}
 LEFT_OUT = {"detach", "masked_fill", "clamp", "float", "abs", "exp", "reversed"}
 
@@ -54,68 +51,29 @@ BECAUSE = {
 }
 
 
-class Mutate(ast.NodeTransformer):
-    """Changes the place of the given number; `change` then says what it did."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.seen, self.change = number, -1, None
-        self.place, self.new = None, ""
-
-    def here(self) -> bool:
-        """Is this the place?"""
-        self.seen += 1
-        return self.seen == self.number
-
-    def replaced(self, old: ast.AST, new: ast.AST) -> ast.AST:
-        """Note the change, and where it is in the text."""
-        self.change = f"`{ast.unparse(old)}` to `{ast.unparse(new)}`"
-        self.place = old.lineno, old.col_offset, old.end_lineno, old.end_col_offset
-        self.new = f"({ast.unparse(new)})"
-        return ast.copy_location(new, old)
-
-    def visit_BinOp(self, node):  # noqa: N802, the names are ast's
-        self.generic_visit(node)
-        if type(node.op) in OPERATORS and self.here():
-            new = copy.deepcopy(node)
-            new.op = OPERATORS[type(node.op)]()
-            return self.replaced(node, new)
-        return node
-
-    def visit_Compare(self, node):  # noqa: N802
-        self.generic_visit(node)
-        if type(node.ops[0]) in COMPARISONS and self.here():
-            new = copy.deepcopy(node)
-            new.ops[0] = COMPARISONS[type(node.ops[0])]()
-            return self.replaced(node, new)
-        return node
-
-    def visit_UnaryOp(self, node):  # noqa: N802
-        self.generic_visit(node)
-        if isinstance(node.op, ast.USub | ast.Not) and self.here():
-            return self.replaced(node, node.operand)
-        return node
-
-    def visit_Constant(self, node):  # noqa: N802
-        if isinstance(node.value, bool):
-            if self.here():
-                return self.replaced(node, ast.Constant(not node.value))
-        elif isinstance(node.value, int | float) and self.here():
-            return self.replaced(node, ast.Constant(node.value + 1))
-        return node
-
-    def visit_Call(self, node):  # noqa: N802
-        self.generic_visit(node)
-        function = node.func
-        if isinstance(function, ast.Attribute):
-            if function.attr in NAMES and self.here():
-                new = copy.deepcopy(node)
-                new.func.attr = NAMES[function.attr]
-                return self.replaced(node, new)
-            if function.attr in LEFT_OUT and self.here():
-                return self.replaced(node, function.value)
-        if isinstance(function, ast.Name) and function.id in LEFT_OUT and self.here():
-            return self.replaced(node, node.args[0])
-        return node
+def changed(node: ast.AST) -> ast.AST | None:
+    """What could stand in the place of a piece of code, if anything."""
+    new = copy.deepcopy(node)
+    match node:
+        case ast.BinOp(op=operator) if type(operator) in OTHER:
+            new.op = OTHER[type(operator)]()
+        case ast.Compare(ops=[operator, *_]) if type(operator) in OTHER:
+            new.ops[0] = OTHER[type(operator)]()
+        case ast.UnaryOp(op=ast.USub() | ast.Not()):
+            new = node.operand
+        case ast.Constant(value=bool()):
+            new.value = not node.value
+        case ast.Constant(value=int() | float()):
+            new.value += 1
+        case ast.Call(func=ast.Attribute(attr=name)) if name in NAMES:
+            new.func.attr = NAMES[name]
+        case ast.Call(func=ast.Attribute(attr=name)) if name in LEFT_OUT:
+            new = node.func.value
+        case ast.Call(func=ast.Name(id=name)) if name in LEFT_OUT:
+            new = node.args[0]
+        case _:
+            return None
+    return new
 
 
 def mutants(script: str) -> list[tuple[str, str, str]]:
@@ -125,25 +83,17 @@ def mutants(script: str) -> list[tuple[str, str, str]]:
     for name in EQUATIONS[script].split():
         if name not in functions:
             sys.exit(f"{script} has no function {name} any more: see EQUATIONS")
-        for number in range(1_000):
-            mutate = Mutate(number)
-            for line in functions[name].body[1:]:  # not the docstring
-                mutate.visit(copy.deepcopy(line))
-            if mutate.change is None:
-                break
-            found.append((name, mutate.change, changed(page, mutate)))
+        pieces = ast.walk(ast.Module(functions[name].body[1:]))  # not the docstring
+        for old in pieces:
+            if new := changed(old):
+                change = f"`{ast.unparse(old)}` to `{ast.unparse(new)}`"
+                lines = page.splitlines(keepends=True)
+                before = lines[old.lineno - 1][: old.col_offset]
+                after = lines[old.end_lineno - 1][old.end_col_offset :]
+                text = f"{before}({ast.unparse(new)}){after}"
+                lines[old.lineno - 1 : old.end_lineno] = [text]
+                found.append((name, change, "".join(lines)))
     return found
-
-
-def changed(page: str, mutate: Mutate) -> str:
-    """The text with the change in its place, and nothing else touched."""
-    lines = page.splitlines(keepends=True)
-    first, start, last, end = mutate.place
-    before, after = lines[first - 1][:start], lines[last - 1][end:]
-    lines[first - 1 : last] = [before + mutate.new + after]
-    text = "".join(lines)
-    assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(page))
-    return text
 
 
 def main() -> None:
@@ -151,21 +101,16 @@ def main() -> None:
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"scripts": {}}
     trial.import_libraries()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        trial.copy_of_repository(folder)
+    with trial.copy_of_repository() as folder:
         for script in [each for each in FACTS if word in FACTS[each]["tests"]]:
             found, alive = mutants(script), []
-            seconds = trial.seconds_of(folder, script)
             for function, change, text in found:
-                (folder / script).write_text(text)
-                if trial.run_tests(folder, script, seconds, "-x")[0]:
+                if trial.red_tests(folder, script, script, text, at_most=1):
                     continue
                 because = BECAUSE.get(change, "Not explained.")
                 facts = {"function": function, "change": change, "because": because}
                 alive.append(facts)
                 print(f"survives: {script} {function}: {change}", flush=True)
-            shutil.copy(ROOT / script, folder)
             killed = len(found) - len(alive)
             print(f"{script}: {killed} of {len(found)} killed", flush=True)
             facts = {"mutants": len(found), "killed": killed, "survivors": alive}

@@ -2,28 +2,20 @@
 
 import json
 import re
-import statistics
+from collections.abc import Callable
+from statistics import median
 
-import museum
 import numpy as np
 import symptoms
-from catalogue import CHECKS, Bug
+from catalogue import BUGS, CHECKS, Bug
 from matplotlib.figure import Figure
-from museum import healthy_of, seen
-from plant import FACTS, HERE, LESSONS, bugs_of, code_hash, diff, lesson_of, trouble
+from museum import ME, healthy_of, results_of, seen
+from plant import FACTS, HERE, LESSONS, bugs_of, code_of, diff, lesson_of, trouble
 
 
-def middle(runs: list, name: str, form: str) -> str:
-    """The median of a figure over the seeds."""
-    values = [round(run[name], 6) + 0.0 for run in runs if run.get(name) is not None]
-    return format(statistics.median(values), form) if values else "-"
-
-
-def spread(runs: list, name: str, form: str) -> str:
-    """The smallest and the largest of a figure over the seeds."""
-    values = [round(run[name], 6) + 0.0 for run in runs if run.get(name) is not None]
-    ends = [format(end, form) for end in (min(values), max(values))] if values else "-"
-    return " to ".join(dict.fromkeys(ends))
+def figure(runs: list, name: str, form: str, of: Callable = median) -> str:
+    """The median of a figure over the seeds, or another number of it."""
+    return format(round(of([run[name] for run in runs]), 6) + 0.0, form)  # never -0
 
 
 def number_of(bug: Bug) -> str:
@@ -38,57 +30,59 @@ def short(bug: Bug) -> str:
     return f"[{bug.name.split('-', 1)[1]}](#{anchor})"
 
 
-def table(head: tuple, rows: list) -> str:
-    """A table of Markdown; "" if it has no rows."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines) if rows else ""
+def table(*rows: tuple) -> str:
+    """A table of Markdown with a head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def by_symptom(bugs: list[Bug]) -> str:
     """Which bugs show a symptom; for those that show none, which check finds them."""
-    rows, quiet = [], []
-    for key, (words, _) in symptoms.SYMPTOMS.items():
-        found = [short(bug) for bug in bugs if key in seen(bug)]
-        if found and key != "hidden":
-            rows.append((words, ", ".join(found)))
-    for number, check in enumerate(CHECKS, 1):
-        found = [b for b in bugs if b.check == check and "hidden" in seen(b)]
-        if found:
-            link = f"[{number}, {check}](README.md#how-to-debug)"
-            quiet.append((link, ", ".join(map(short, found))))
+    loud = [
+        (words, ", ".join(short(bug) for bug in bugs if key in seen(bug)))
+        for key, (words, _) in symptoms.SYMPTOMS.items()
+        if key != "hidden"
+    ]
+    quiet = [
+        (
+            f"[{number}, {check}](README.md#how-to-debug)",
+            ", ".join(
+                short(b) for b in bugs if b.check == check and "hidden" in seen(b)
+            ),
+        )
+        for number, check in enumerate(CHECKS, 1)
+    ]
     return (
-        table(("What you see", "Bugs"), rows)
+        table(("What you see", "Bugs"), *filter(all, loud))
         + "\n\n**The curve shows nothing** of the following ones: they end as good as "
         "the healthy runs. What finds them is a check:\n\n"
-        + table(("Check", "Bugs that it finds"), quiet)
+        + table(("Check", "Bugs that it finds"), *filter(all, quiet))
     )
 
 
 def apart(bug: Bug) -> str:
     """The figures of which no run with the bug comes near a healthy one."""
-    healthy, rows = healthy_of(bug), []
-    runs = museum.results_of(lesson_of(bug))["bugs"].get(bug.name, [])
+    rows, pair = [], (results_of(lesson_of(bug))["bugs"][bug.name], healthy_of(bug))
     for name, words, form, _ in FACTS[lesson_of(bug)]["figures"]:
-        here, there = ([r[name] for r in part if name in r] for part in (runs, healthy))
-        if here and there and (min(here) > max(there) or max(here) < min(there)):
-            values = [middle(part, name, form) for part in (runs, healthy)]
-            if values[0] != values[1]:
-                rows.append((words, f"**{values[0]}**", values[1]))
-    return table(("", "with the bug", "healthy"), rows[:5])
+        here, there = ([run[name] for run in runs] for runs in pair)
+        wrong, right = (figure(runs, name, form) for runs in pair)
+        if wrong != right and (min(here) > max(there) or max(here) < min(there)):
+            rows.append((words, f"**{wrong}**", right))
+    return table(("", "with the bug", "healthy"), *rows[:5]) if rows else ""
 
 
 def section(bug: Bug) -> str:
     """One bug: the lines, what was seen, what finds it, who met it."""
-    keys, number = seen(bug), CHECKS.index(bug.check) + 1
+    number = CHECKS.index(bug.check) + 1
     settings = ", ".join(f"`{name} = {value}`" for name, value in bug.settings.items())
-    caught = museum.results_of(lesson_of(bug))["caught"].get(bug.name)
+    caught = results_of(lesson_of(bug))["caught"].get(bug.name)
     test = f", `{caught[0].split('::')[-1]}`" if caught else ""
     parts = [
         f"### {number_of(bug)} {bug.name}",
         bug.why + (f" (Measured with {settings}.)" if settings else ""),
         "```diff\n" + (trouble(bug) or "\n".join(diff(bug))) + "\n```",
         f"![{bug.name}](pictures/{bug.name}.png)",
-        f"**Seen:** {'; '.join(map(symptoms.words, keys)) or 'nothing'}.",
+        f"**Seen:** {'; '.join(map(symptoms.words, seen(bug))) or 'nothing'}.",
         apart(bug),
         f"**Found by** check {number}, {bug.check}{test}. **Source:** {bug.source}.",
     ]
@@ -97,20 +91,18 @@ def section(bug: Bug) -> str:
 
 def not_as_reported(bugs: list[Bug]) -> str:
     """The bugs whose reported symptom did not show."""
-    lines = []
+    lines = ["## Reported, but not seen here\n"]
     for bug in bugs:
-        keys = seen(bug)
-        if bug.reported and bug.reported not in keys:
-            got = "; ".join(map(symptoms.words, keys))
-            said = symptoms.words(bug.reported)
-            lines.append(f"* {short(bug)}: reported *{said}*. Here: {got}.")
-    return "\n".join(lines)
+        if bug.reported and bug.reported not in seen(bug):
+            said, *got = map(symptoms.words, [bug.reported, *seen(bug)])
+            lines.append(f"* {short(bug)}: reported *{said}*. Here: {'; '.join(got)}.")
+    return "\n".join(lines) if lines[1:] else ""
 
 
 def draw(bug: Bug) -> None:
     """Write the curves of a bug, red, beside the healthy band, grey."""
     healthy = healthy_of(bug)
-    runs = museum.results_of(lesson_of(bug))["bugs"][bug.name]
+    runs = results_of(lesson_of(bug))["bugs"][bug.name]
     figure = Figure(figsize=(3.4, 1.6), layout="constrained")
     axes = figure.subplots()
     grid = np.linspace(0, max(run["x"][-1] for run in healthy + runs), 60)
@@ -127,30 +119,29 @@ def draw(bug: Bug) -> None:
 
 def measured(lesson: str) -> str:
     """When and with what a lesson was measured, and whether its code is the same."""
-    results = museum.results_of(lesson)
+    results = results_of(lesson)
     groups = [*results["healthy"].values(), *results["bugs"].values()]
     runs = [run for group in groups for run in group]
-    dates = sorted({run["date"] for run in runs})
-    stale = sum(run["code"] != code_hash(lesson) for run in runs)
+    dates = [end(run["date"] for run in runs) for end in (min, max)]
+    stale = sum(run["code"] != code_of(lesson) for run in runs)
     machine = ", ".join(f"{name} {what}" for name, what in results["machine"].items())
-    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    if not stale:
-        return f"Measured {days} ({machine})."
-    return (
-        f"Measured {days} ({machine}). **{stale} of {len(runs)} runs were measured "
-        f"with other code**: `{lesson}` has changed since. To measure them again: "
-        f"`{museum.ME} measure {LESSONS.index(lesson) + 1}`."
+    changed = (
+        f" **{stale} of {len(runs)} runs were measured with other code**: `{lesson}` "
+        "has changed since. To measure them again: "
+        f"`{ME} measure {LESSONS.index(lesson) + 1}`."
     )
+    days = " to ".join(dict.fromkeys(dates))
+    return f"Measured {days} ({machine}).{changed if stale else ''}"
 
 
 def page(lesson: str) -> str:
     """The page of a lesson."""
     bugs = bugs_of(lesson)
-    healthy = museum.results_of(lesson)["healthy"][""]
-    figures = [
-        (words, middle(healthy, name, form), spread(healthy, name, form), where)
-        for name, words, form, where in FACTS[lesson]["figures"]
-    ]
+    healthy = results_of(lesson)["healthy"][""]
+    figures = []
+    for name, words, form, where in FACTS[lesson]["figures"]:
+        number, *ends = (figure(healthy, name, form, of) for of in (median, min, max))
+        figures.append((words, number, " to ".join(dict.fromkeys(ends)), where))
     quiet = sum("hidden" in seen(bug) for bug in bugs)
     parts = [
         f"# {FACTS[lesson]['title']}",
@@ -165,51 +156,47 @@ def page(lesson: str) -> str:
         "## Healthy figures",
         f"Of three runs, seeds 0 to 2 ({FACTS[lesson]['about']}). In the pictures, "
         "grey is the range of the healthy runs, red the three with the bug. Untrained, "
-        f"the agent scores {middle(healthy, 'start', '.1f')}.",
-        table(("Figure", "Median", "Seeds", "Where"), figures),
+        f"the agent scores {figure(healthy, 'start', '.1f')}.",
+        table(("Figure", "Median", "Seeds", "Where"), *figures),
         "## The bugs",
         "Lines with - are those of the lesson, with + those of the bug. Only figures "
         "that no healthy run comes near are told, five at most.",
         *map(section, bugs),
+        not_as_reported(bugs),
     ]
-    reported = not_as_reported(bugs)
-    if reported:
-        parts += ["## Reported, but not seen here", reported]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def overview() -> str:
+    """How many bugs each lesson has, and how many its curve does not show."""
+    parts = {f"[{x['title']}]({x['page']})": bugs_of(key) for key, x in FACTS.items()}
+    rows = []
+    for name, bugs in (parts | {"all": BUGS}).items():
+        quiet = sum("hidden" in seen(bug) for bug in bugs)
+        rows.append((name, str(len(bugs)), str(quiet)))
+    return table(("Page", "Bugs", "Not in the curve"), *rows)
 
 
 def mutations() -> str:
     """What the changes of single operators found."""
-    path = HERE / "results" / "mutations.json"
-    scripts = json.loads(path.read_text())["scripts"] if path.exists() else {}
-    rows = [
-        (f"`{script}`", str(each["mutants"]), f"{each['killed'] / each['mutants']:.1%}")
-        for script, each in scripts.items()
-    ]
-    return table(("Script", "Changes", "Caught"), rows)
+    rows = []
+    results = json.loads((HERE / "results" / "mutations.json").read_text())
+    for script, each in results["scripts"].items():
+        share = each["killed"] / each["mutants"]
+        rows.append((f"`{script}`", str(each["mutants"]), f"{share:.1%}"))
+    return table(("Script", "Changes", "Caught"), *rows)
 
 
 def write() -> None:
     """Write all pages and pictures."""
-    (HERE / "pictures").mkdir(exist_ok=True)
-    rows = []
     for lesson in LESSONS:
         (HERE / FACTS[lesson]["page"]).write_text(page(lesson))
-        for bug in bugs_of(lesson):
-            draw(bug)
-        quiet = sum("hidden" in seen(bug) for bug in bugs_of(lesson))
-        link = f"[{FACTS[lesson]['title']}]({FACTS[lesson]['page']})"
-        rows.append((link, str(len(bugs_of(lesson))), str(quiet)))
-    total = [str(sum(int(row[place]) for row in rows)) for place in (1, 2)]
-    head = "Page", "Bugs", "Not in the curve"
-    tables = {"bugs": table(head, [*rows, ("all", *total)])}
-    tables["mutations"] = mutations()
+    for bug in BUGS:
+        draw(bug)
     first = HERE / "README.md"
     text = first.read_text()
-    for name, made in tables.items():  # between two marks; the rest is written by hand
-        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        text = re.sub(
-            f"(?s){marks[0]}.*{marks[1]}", f"{marks[0]}\n{made}\n{marks[1]}", text
-        )
+    for name, made in {"bugs": overview(), "mutations": mutations()}.items():
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        text = re.sub(f"(?s){start}.*{end}", f"{start}\n{made}\n{end}", text)
     first.write_text(text)
-    print(f"Written: README.md, {len(LESSONS)} pages and {total[0]} pictures.")
+    print(f"Written: README.md, {len(LESSONS)} pages and {len(BUGS)} pictures.")

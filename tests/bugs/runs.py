@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -12,58 +13,44 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import plant
-from catalogue import GRPO, Bug
-from plant import ROOT, files_of, lesson_of
+from catalogue import BUGS, GRPO, Bug
+from plant import FACTS, LESSONS, ROOT, files_of, lesson_of, scripts_of, text_of
 
 
 def copy_lesson(folder: Path, lesson: str, bug: Bug | None, settings: dict) -> None:
     """Write the lesson with its bug and Settings, and what it needs, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in plant.scripts_of(lesson):
-        text = (ROOT / file).read_text()
-        text = plant.planted(bug) if bug and bug.file == file else text
-        text = plant.with_settings(text, **settings) if file == lesson else text
-        (folder / file).write_text(text)
+    for file in scripts_of(lesson):
+        (folder / file).write_text(text_of(file, lesson, bug, settings))
     for part in ("policy", "reward") if lesson == GRPO else ():
         models = Path("grpo_tiny", part)
         shutil.copytree(ROOT / models, folder / models, dirs_exist_ok=True)
 
 
-# ------------------------------------------------------------------------------------
-# What a lesson prints
-# ------------------------------------------------------------------------------------
-
-
-class Table:
-    """Finds the rows of the table that a lesson prints, whatever columns it has.
+def rows_of(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The rows of the table that a lesson prints, by the names of their columns.
 
     A row has numbers only. The line above the first one is the head, if it is as long:
     the name of a column ends where its numbers end.
     """
-
-    def __init__(self) -> None:
-        self.names, self.said = [], ""
-
-    def row(self, line: str) -> dict[str, str] | None:
-        """The words of a line by the names of their columns, if it is a row."""
-        line = line.rstrip()
+    names, said = [], ""
+    for line in map(str.rstrip, lines):
         words = list(re.finditer(r"\S+", line))
         try:
             [number(word[0]) for word in words]
         except ValueError:
-            self.said = line
-            return None
-        if len(self.said) == len(line) > 0:
+            said = line
+            continue
+        if len(said) == len(line) > 0:
             ends = [0, *(word.end() for word in words)]
-            names = [self.said[a:b] for a, b in zip(ends, ends[1:], strict=False)]
-            self.names = [re.sub(r"\(.*\)", "", name).strip() for name in names]
-            self.said = ""
-        if len(words) < 2 or len(words) != len(self.names):
-            return None
-        return dict(zip(self.names, (word[0] for word in words), strict=True))
+            names = [said[a:b] for a, b in itertools.pairwise(ends)]
+            names = [re.sub(r"\(.*\)", "", name).strip() for name in names]
+            said = ""
+        if len(words) == len(names) > 1:
+            yield dict(zip(names, (word[0] for word in words), strict=True))
 
 
 def number(word: str) -> float:
@@ -71,25 +58,17 @@ def number(word: str) -> float:
     return float(word.replace(",", "").removesuffix("%"))
 
 
-def rows_of(text: str) -> list[dict[str, float]]:
-    """All rows of the printed table."""
-    table = Table()
-    rows = [row for line in text.splitlines() if (row := table.row(line))]
-    return [{name: number(word) for name, word in row.items()} for row in rows]
-
-
-def curve(xs: list, ys: list, points: int = 40) -> dict:
+def curve(xs: Sequence, ys: list, points: int = 40) -> dict:
     """A learning curve in few points, each a mean; with its start, end and best."""
     size = max(1, len(ys) // points)
     pieces = [slice(i, i + size) for i in range(0, len(ys) - size + 1, size)]
     means = [statistics.fmean(ys[piece]) for piece in pieces]
     return {
-        "x": [round(xs[piece][-1], 1) for piece in pieces],
-        "y": [round(mean, 3) for mean in means],
+        "x": [xs[piece][-1] for piece in pieces],
+        "y": means,
         "start": means[0],
         "end": statistics.fmean(means[-2:]),
         "best": max(means),
-        "budget used": xs[-1],
     }
 
 
@@ -100,29 +79,18 @@ def entropies(rows: list[dict]) -> dict:
     return {name: column[place] for name, place in places.items()}
 
 
-def held_out(healthy, policy, pick=lambda scores: scores) -> dict:
-    """The mean scores of 100 held-out episodes, by the healthy lesson."""
-    seed, ways = healthy.HELD_OUT_SEED, {"greedy": True, "sampled": False}
-    scores = {
-        name: healthy.evaluate(policy, 100, seed, way) for name, way in ways.items()
-    }
-    return {name: float(pick(each).mean()) for name, each in scores.items()}
-
-
-# ------------------------------------------------------------------------------------
-# The figures of each lesson, from what it saved and printed
-# ------------------------------------------------------------------------------------
-
-
 def read_cartpole(module, healthy, saved, rows) -> dict:
-    """Figures of lesson 1; `budget used` in episodes."""
-    scores = saved["scores"]
+    """Figures of lesson 1; `budget used` is in episodes."""
+    scores, policy, seed = saved["scores"], saved["policy"], healthy.HELD_OUT_SEED
+    greedy, sampled = (
+        healthy.evaluate(policy, 100, seed, way).mean() for way in (True, False)
+    )
     return (
-        curve(list(range(1, len(scores) + 1)), scores, 50)
+        curve(range(1, len(scores) + 1), scores, 50)
         | {"start": statistics.fmean(scores[:32])}
-        | {"end": statistics.fmean(scores[-100:])}
+        | {"end": statistics.fmean(scores[-100:]), "budget used": len(scores)}
+        | {"greedy": float(greedy), "sampled": float(sampled)}
         | entropies(rows)
-        | held_out(healthy, saved["policy"])
     )
 
 
@@ -143,39 +111,36 @@ def read_tictactoe(module, healthy, saved, rows) -> dict:
 
 
 def read_lander(module, healthy, saved, rows) -> dict:
-    """Figures of lesson 3; the score is the return, the budget is in steps."""
-    early = rows[: len(rows) // 2]
+    """Figures of lesson 3; the score is the return."""
+    early, actor = rows[: len(rows) // 2], saved["agent"].actor
+    greedy = healthy.evaluate(actor, 100, healthy.HELD_OUT_SEED, True)[0].mean()
     return (
         curve([row["steps"] for row in rows], [row["return"] for row in rows], 30)
         | {"end": rows[-1]["return"], "length": rows[-1]["length"]}
         | {"KL": statistics.median(row["KL"] for row in early)}
         | {"clipped": statistics.median(row["clipped"] for row in early) / 100}
         | {"explained": statistics.median(row["explained"] for row in rows)}
+        | {"greedy": float(greedy)}
         | entropies(rows)
-        | held_out(healthy, saved["agent"].actor, lambda scores: scores[0])
     )
 
 
 def read_grpo(module, healthy, saved, rows) -> dict:
     """Figures of lesson 4; the score is the mean reward of a group."""
-    import torch
-
     policy, tokenizer, prompt = saved["policy"], saved["tokenizer"], healthy.PROMPTS[0]
     policy = policy.float().eval()
     healthy.POLICY_MODEL_NAME = "grpo_tiny/policy"
     healthy.REWARD_MODEL_NAME = "grpo_tiny/reward"
     *_, reward = healthy.load_models()
-    torch.manual_seed(healthy.HELD_OUT_SEED)
+    healthy.torch.manual_seed(healthy.HELD_OUT_SEED)
     group = healthy.generate_group(policy, tokenizer, prompt, 64)
     scores = healthy.score_responses(reward, prompt, group["responses"])
-    length = group["mask"].sum(1).float()
     rewards = [row["reward"] for row in rows]
     return (
         curve([row["step"] for row in rows], rewards, 25)
-        | {"end": statistics.fmean(rewards[-5:]), "budget used": len(rewards)}
+        | {"end": statistics.fmean(rewards[-5:]), "greedy": scores.mean().item()}
         | entropies(rows)
-        | {"greedy": scores.mean().item(), "length": length.mean().item()}
-        | {"cut off": (length == healthy.MAX_NEW_TOKENS).float().mean().item()}
+        | {"cut off": statistics.fmean(group["mask"].sum(1) == healthy.MAX_NEW_TOKENS)}
         | {"KL": statistics.fmean(row["KL"] for row in rows)}
         | {"clipped": max(row["clipped"] for row in rows) / 100}
         | {"first loss": rows[0]["loss"], "first gradient": rows[0]["gradient"]}
@@ -184,17 +149,12 @@ def read_grpo(module, healthy, saved, rows) -> dict:
 
 READERS = [read_cartpole, read_tictactoe, read_lander, read_grpo]
 
-# ------------------------------------------------------------------------------------
-# A run
-# ------------------------------------------------------------------------------------
-
 
 class Tee(io.StringIO):
     """Keeps what is printed, and prints it."""
 
     def write(self, text: str) -> int:
         sys.__stdout__.write(text)
-        sys.__stdout__.flush()
         return super().write(text)
 
 
@@ -217,50 +177,59 @@ def train(lesson: str, bug: Bug | None, settings: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         copy_lesson(Path(folder), lesson, bug, settings)
         module = load(Path(folder), lesson)
-        saves, out = [], Tee()
+        saves, said = [], Tee()
         signature = inspect.signature(module.save_run)
 
         def save_run(*arguments, **named) -> str:
             saves.append(signature.bind(*arguments, **named).arguments)
             return "nothing"
 
-        module.save_run, ended_by = save_run, ""
-        with contextlib.redirect_stdout(out):
-            try:
-                module.main()
-            except SystemExit as stop:
-                ended_by = str(stop.code)
-            except Exception as problem:
-                ended_by = f"{type(problem).__name__}: {problem}"
-        found = {"seed": settings["SEED"], "ended by": ended_by.replace(folder, "")}
-        if saves:
-            import torch
-
-            torch.manual_seed(settings["SEED"])  # for a network as it was at first
-            healthy = load(ROOT, lesson)
-            rows = rows_of(out.getvalue())
-            found |= READERS[plant.LESSONS.index(lesson)](
-                module, healthy, saves[-1], rows
-            )
-        return found
+        module.save_run = save_run
+        # A run that misses its aim ends in SystemExit, and counts like any other.
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            module.main()
+        lines = said.getvalue().splitlines()
+        rows = [{x: number(row[x]) for x in row} for row in rows_of(lines)]
+        module.torch.manual_seed(settings["SEED"])  # for a network as it was at first
+        read, healthy = READERS[LESSONS.index(lesson)], load(ROOT, lesson)
+        return {"seed": settings["SEED"]} | read(module, healthy, saves[-1], rows)
 
 
-def start(bug: Bug, plant_it: bool, seed: int, path: Path) -> subprocess.Popen:
-    """Begin a run in a process of its own, which writes its figures to a file."""
-    command = [sys.executable, "-u", __file__, bug.name, str(plant_it), str(seed), path]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipe, errors = subprocess.PIPE, subprocess.STDOUT
-    return subprocess.Popen(command, env=env, stdout=pipe, stderr=errors, text=True)
+def settings_of(bug: Bug, seed: int) -> dict:
+    """The Settings of a run with a bug, and of the healthy run beside it."""
+    return FACTS[lesson_of(bug)]["settings"] | bug.settings | {"SEED": seed}
+
+
+class Run:
+    """A training run in a process of its own."""
+
+    def __init__(self, bug: Bug, plant_it: bool, seed: int) -> None:
+        words = bug.name, str(plant_it), json.dumps(settings_of(bug, seed))
+        command = [sys.executable, "-u", __file__, *words]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=env, stdout=pipe, text=True)
+
+    def lines(self) -> Iterator[str]:
+        """What it prints, as it comes."""
+        for line in self.process.stdout:
+            self.last = line
+            yield line
+
+    def figures(self) -> dict:
+        """What was read off it: its last line."""
+        list(self.lines())
+        if self.process.wait():
+            sys.exit("A run failed.")
+        return json.loads(self.last)
 
 
 def main() -> None:
-    """What `start` starts."""
-    name, plant_it, seed, path = sys.argv[1:]
-    bug = next(bug for bug in plant.BUGS if bug.name == name)
-    lesson = lesson_of(bug)
-    settings = plant.FACTS[lesson]["settings"] | bug.settings | {"SEED": int(seed)}
-    found = train(lesson, bug if plant_it == "True" else None, settings)
-    Path(path).write_text(json.dumps(found))
+    """What a Run starts."""
+    name, plant_it, settings = sys.argv[1:]
+    bug = next(bug for bug in BUGS if bug.name == name)
+    planted = bug if plant_it == "True" else None
+    print(json.dumps(train(lesson_of(bug), planted, json.loads(settings))))
 
 
 if __name__ == "__main__":

@@ -1,47 +1,71 @@
 """Runs tests of a lesson on a changed copy of the repository: does one of them fail?"""
 
+import contextlib
+import functools
+import importlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from plant import FACTS, ROOT
 
 LIMIT = 300  # seconds; a program that never ends is killed
+SLOW = 1  # seconds; a test that takes longer is left out if another one has failed
+PYTEST = ["-q", "-p", "no:cacheprovider"]
+LIBRARIES = "accelerate gymnasium matplotlib.figure pygame pytest torch"
+LIBRARIES += " transformers.models.gpt2.modeling_gpt2"
+LIBRARIES += " transformers.models.llama.modeling_llama"
 
 
-def copy_of_repository(folder: Path) -> None:
+def import_libraries() -> None:
+    """What every test imports, once for all forks; the lessons are not among it."""
+    for name in LIBRARIES.split():
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
+
+
+@contextlib.contextmanager
+def copy_of_repository() -> Iterator[Path]:
     """Scripts, tests and weights in a folder, for tests to run on."""
-    for pattern in ("*.py", "*.pt", "*.pth", "*.toml", "*.txt", "*.md"):
-        for file in ROOT.glob(pattern):
-            shutil.copy(file, folder)
     skip = shutil.ignore_patterns("exercise", "__pycache__", "results")
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=skip)
-    for name in ("grpo_tiny", "assets"):
-        shutil.copytree(ROOT / name, folder / name)
+    with tempfile.TemporaryDirectory() as folder:
+        for pattern in ("*.py", "*.pt", "*.pth", "*.toml", "*.txt", "*.md"):
+            for file in ROOT.glob(pattern):
+                shutil.copy(file, folder)
+        for name in ("tests", "grpo_tiny", "assets"):
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=skip)
+        yield Path(folder)
 
 
-def passes(folder: Path, tests: list[str]) -> bool:
-    """Do these tests, as pytest names them, pass on the copy in the folder?"""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+def passes(texts: dict[str, str], tests: list[str]) -> bool:
+    """Do these tests, as pytest names them, pass with these scripts?"""
+    with copy_of_repository() as folder:
+        for file, text in texts.items():
+            (folder / file).write_text(text)
+        command = [sys.executable, "-m", "pytest", *PYTEST, *tests]
+        return not subprocess.run(command, cwd=folder, capture_output=True).returncode
 
 
 class Watch:
     """A plugin of pytest: the fastest tests first, and which of them fail."""
 
-    def __init__(self, seconds: dict[str, float], slowest: float) -> None:
-        self.seconds, self.slowest = seconds, slowest
-        self.failed, self.took = [], {}
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.failed, self.took = seconds, [], {}
 
     def pytest_collection_modifyitems(self, items: list) -> None:
-        """Leave out the slow ones and sort the others."""
-        known = {item: self.seconds.get(item.nodeid, 0.0) for item in items}
-        fast = [item for item in items if known[item] <= self.slowest]
-        items[:] = sorted(fast, key=known.get)
+        """Sort by what they took last time."""
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+    def pytest_runtest_setup(self, item) -> None:
+        """Leave out slow ones once there is an answer."""
+        if self.failed and self.seconds.get(item.nodeid, 0.0) > SLOW:
+            sys.modules["pytest"].skip()
 
     def pytest_runtest_logreport(self, report) -> None:
         """Add up setup, test and teardown."""
@@ -54,6 +78,7 @@ class Watch:
         self.failed += [report.nodeid] if report.failed else []
 
 
+@functools.cache
 def seconds_of(folder: Path, lesson: str) -> dict[str, float]:
     """How long each of the lesson's tests takes on the copy; all have to pass."""
     failed, seconds = run_tests(folder, lesson, {})
@@ -62,13 +87,25 @@ def seconds_of(folder: Path, lesson: str) -> dict[str, float]:
     return seconds
 
 
+def red_tests(
+    folder: Path, lesson: str, file: str, text: str, at_most: int
+) -> list[str]:
+    """Which of the lesson's tests fail on the copy with this text in a script?"""
+    seconds = seconds_of(folder, lesson)
+    (folder / file).write_text(text)
+    failed, _ = run_tests(folder, lesson, seconds, at_most)
+    shutil.copy(ROOT / file, folder)
+    return failed
+
+
 def run_tests(
-    folder: Path, lesson: str, seconds: dict, *options: str, slowest: float = 1e9
+    folder: Path, lesson: str, seconds: dict[str, float], at_most: int = 0
 ) -> tuple[list[str], dict[str, float]]:
     """Run the lesson's tests in a fork, which has the libraries already.
 
-    `seconds` says how long each takes. Gives the names of those that failed, and how
-    long each took. Needs os.fork, so not on Windows.
+    `seconds` says how long each takes; with `at_most`, this many failures are enough.
+    Gives the names of those that failed, and how long each took. Needs os.fork, so not
+    on Windows.
     """
     path = folder / "outcome.json"
     path.write_text(json.dumps([["the program did not end"], {}]))
@@ -79,27 +116,15 @@ def run_tests(
         os.dup2(nowhere, 1), os.dup2(nowhere, 2)
         os.chdir(folder)
         sys.path[:0] = [str(folder), str(folder / "tests")]
+        sys.modules.pop("lessons", None)  # those of the copy are tested
         sys.dont_write_bytecode = True
         import pytest
 
-        watch = Watch(seconds, slowest)
-        command = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *options]
-        pytest.main([*command, *FACTS[lesson]["tests"].split()], plugins=[watch])
+        watch = Watch(seconds)
+        options = [*PYTEST, f"--maxfail={at_most}", f"--rootdir={folder}"]
+        tests = FACTS[lesson]["tests"].split()
+        pytest.main([*options, *tests], plugins=[watch])
         path.write_text(json.dumps([watch.failed, watch.took]))
         os._exit(0)
     os.waitpid(child, 0)
     return tuple(json.loads(path.read_text()))
-
-
-def import_libraries() -> None:
-    """What every test imports, once for all forks; the lessons are not among it."""
-    import accelerate  # noqa: F401
-    import gymnasium  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import pygame  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    torch.set_num_threads(1)
