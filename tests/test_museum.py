@@ -30,6 +30,11 @@ def test_every_bug_can_be_planted():
     assert not gone, "\n".join(gone)
 
 
+def test_a_line_of_text_as_long_as_the_row_below_it_is_no_new_head():
+    lines = ["  step  reward", "     0    0.50", "    an answer.", "     1    0.75"]
+    assert [row["reward"] for row in runs.rows_of(lines)] == ["0.50", "0.75"]
+
+
 def test_every_bug_was_measured_beside_healthy_runs_that_show_no_symptom():
     for bug in BUGS:
         kept = museum.results_of(plant.lesson_of(bug))["bugs"][bug.name]

@@ -44,7 +44,7 @@ def rows_of(lines: Iterable[str]) -> Iterator[dict[str, str]]:
         except ValueError:
             said = line
             continue
-        if len(said) == len(line) > 0:
+        if not names and len(said) == len(line) > 0:
             ends = [0, *(word.end() for word in words)]
             names = [said[a:b] for a, b in itertools.pairwise(ends)]
             names = [re.sub(r"\(.*\)", "", name).strip() for name in names]
