@@ -26,7 +26,8 @@ The algorithm in 7 steps
        games the good moves get it more often.
     4. Subtract what the critic expected in that position. What is left is the
        *advantage* of the move.
-    5. Take one gradient step. The actor makes moves with a positive advantage more
+    5. Take one gradient step (steps 2 to 5 together are one *update*). The actor makes
+    moves with a positive advantage more
        likely, and gets a bonus for its *entropy*, which says how varied its moves are,
        so that it goes on trying other moves. The critic moves its predictions towards
        the returns. The bonus and the learning rate shrink with time.
@@ -37,7 +38,7 @@ The algorithm in 7 steps
     The function `train` is these steps and nothing else, but for the test of step 7. A
     reader who stops at its end has read the whole algorithm. Below it stands how the
     test can know that the agent cannot be beaten, and then only housekeeping. On a
-    first reading, skip from the Symbols to the Settings.
+    first reading, read the Symbols, and then go straight on to the Settings.
 
 Symbols
     N games are played side by side. A *step* is one move of one side, and the longest
@@ -70,7 +71,7 @@ Run it, and what you should see
     Against random moves, each of the ten wins exactly 98.96 % of the games in which it
     moves first and 91.64 % of the others. The most that a player can win without ever
     taking the risk of a loss is 99.48 % and 91.64 % (tictactoe_eval.py computes these
-    bounds).
+    bounds). It was trained against another opponent, so it need not reach them.
 
 Try this (medians of seeds 0 to 2)
     | Change                   | What happens                                          |
@@ -401,10 +402,14 @@ def play_games(
 #
 # In (1), all moves of a game that was won are pushed up, the bad ones too. The mean
 # over many games corrects this, but slowly. It helps to subtract what was to be
-# expected in s_t anyway, a number b(s_t) that does not depend on the move. This leaves
-# grad J as it is. To see it, look at all games that come to a position s. There the
-# move a is sampled with the probability pi(a|s), when s is known already, so b(s) is
-# the same number for each a. On average over these moves, b(s) adds to the sum in (1)
+# expected in s_t anyway, a number b(s_t) that does not depend on the move. For example,
+# in a position that is nearly won, each move that happens to be sampled is pushed up by
+# almost +1, whether it is the best one or not. Which moves these are is chance, and
+# this chance is noise. If 0.95 is subtracted, such a move is pushed by 0.05 only, and
+# what is left tells the moves apart. And it leaves grad J as it is. To see this, look
+# at all games that come to a position s. There the move a is sampled with the
+# probability pi(a|s), when s is known already, so b(s) is the same number for each a.
+# On average over these moves, b(s) adds to the sum in (1)
 #
 #     sum_a pi(a|s) b(s) grad ln pi(a|s) = b(s) sum_a grad pi(a|s) = b(s) grad 1 = 0,
 #
@@ -464,11 +469,11 @@ def actor_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     but for a factor, the mean number of moves in a game.
 
     The value of this loss says nothing about how well the actor plays, only its
-    gradient counts. The critic learns as well: A is soon 0 on average in each position,
-    so only the differences in ln pi between its moves count, and the loss is near 0
-    however well the actor plays. Mostly it is slightly below: the worse moves (A < 0)
-    are the unlikely ones, with ln pi far below 0, so their A ln pi is positive and
-    larger than that of the better moves is negative.
+    gradient counts. Soon the critic is right on average: in each position, the mean of
+    A over the sampled moves is about 0. Then the loss only measures how A and ln pi
+    vary together, which is little, because a move with a clearly negative A soon
+    becomes rare. Mostly the loss is slightly below 0: moves with A < 0 tend to be the
+    unlikely ones, so the mean of A ln pi is slightly above 0.
 
     `log_probs` is (B,), those of the moves that were made, with gradient; `advantages`
     is (B,). Returns a scalar.
@@ -491,10 +496,11 @@ def entropy_bonus(entropies: Tensor, beta: float) -> Tensor:
 
     But the bonus also changes which policy is the best. With a constant beta, the best
     one for result and bonus together plays a move with a probability proportional to
-    exp(q / beta), where q is the mean result of the move. (In one position,
-    sum_a pi_a q_a + beta H is largest where moving a little probability from one move
-    to another changes nothing, that is, where q_a - beta ln pi_a is the same for all
-    moves.) For two moves with q = 1 and q = 0.9, and beta = 0.25, that is 60 and 40 %.
+    exp(q / beta), where q is the mean result of the move. (The
+    derivative of sum_a pi_a q_a + beta H with respect to pi_a is q_a - beta ln pi_a -
+    beta. At the maximum it is the same for all moves, or moving a little probability
+    from one to another would gain something. So ln pi_a is q_a / beta plus a constant.)
+    For two moves with q = 1 and q = 0.9, and beta = 0.25, that is 60 and 40 %.
     Therefore the bonus has to shrink.
 
     `entropies` is (B,), with gradient; `beta` is what one nat is worth. Returns a
@@ -515,9 +521,10 @@ def critic_loss(values: Tensor, returns: Tensor) -> Tensor:
 
     And if the `detach` of `subtract_values` were missing? The derivative of actor_loss
     with respect to V(s_t) is ln pi(a_t|s_t) / B. It is never positive, so gradient
-    descent would push every V up. Take one position: its mean of ln pi over the moves
-    is -H, the negative entropy. Added to the derivative 2 (V - mean(G_t)) of
-    critic_loss, it is 0 at V = mean(G_t) + H / 2: every V ends up too high by H / 2.
+    descent would push every V up. Take all visits to one position, and leave out the
+    1 / B, which both losses have. The mean of ln pi over the visits is -H, the negative
+    entropy; the derivative of critic_loss is 2 (V - mean(G_t)). Their sum is 0 at
+    V = mean(G_t) + H / 2: every V ends up too high by H / 2.
 
     `values` is (B,), with gradient; `returns` is (B,). Returns a scalar.
     The example: (0.75^2 + 0.5^2 + 0.5^2 + 0.75^2 + 0 + 1) / 6 = 0.4375. All three parts
