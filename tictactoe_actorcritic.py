@@ -27,10 +27,10 @@ The algorithm in 7 steps
     4. Subtract what the critic expected in that position. What is left is the
        *advantage* of the move.
     5. Take one gradient step (steps 2 to 5 together are one *update*). The actor makes
-    moves with a positive advantage more
-       likely, and gets a bonus for its *entropy*, which says how varied its moves are,
-       so that it goes on trying other moves. The critic moves its predictions towards
-       the returns. The bonus and the learning rate shrink with time.
+       moves with a positive advantage more likely, and gets a bonus for its *entropy*,
+       which says how varied its moves are, so that it goes on trying other moves. The
+       critic moves its predictions towards the returns. The bonus and the learning rate
+       shrink with time.
     6. Every REFRESH_EVERY updates, the opponent becomes a copy of the present actor.
     7. Repeat from step 2. From NUM_UPDATES updates on, stop at the first test (there is
        one every REPORT_EVERY updates) in which the agent cannot be beaten: whatever an
@@ -496,12 +496,12 @@ def entropy_bonus(entropies: Tensor, beta: float) -> Tensor:
 
     But the bonus also changes which policy is the best. With a constant beta, the best
     one for result and bonus together plays a move with a probability proportional to
-    exp(q / beta), where q is the mean result of the move. (The
-    derivative of sum_a pi_a q_a + beta H with respect to pi_a is q_a - beta ln pi_a -
-    beta. At the maximum it is the same for all moves, or moving a little probability
-    from one to another would gain something. So ln pi_a is q_a / beta plus a constant.)
-    For two moves with q = 1 and q = 0.9, and beta = 0.25, that is 60 and 40 %.
-    Therefore the bonus has to shrink.
+    exp(q / beta), where q is the mean result of the move. (The derivative of sum_a pi_a
+    q_a + beta H with respect to pi_a is q_a - beta ln pi_a - beta. At the maximum it is
+    the same for all moves, or moving a little probability from one to another would
+    gain something. So ln pi_a is q_a / beta plus a constant.) For two moves with q = 1
+    and q = 0.9, and beta = 0.25, that is 60 and 40 %. Therefore the bonus has to
+    shrink.
 
     `entropies` is (B,), with gradient; `beta` is what one nat is worth. Returns a
     scalar. (An illegal move has 0 ln 0 in its sum, which counts as 0; PyTorch's
