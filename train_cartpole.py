@@ -13,10 +13,10 @@ The algorithm in 5 steps
     1. Start from a *policy*: a network that looks at the cart and the pole, and gives
        each action a probability.
     2. Play a batch of whole episodes. Each action is sampled with its probability.
-    3. Compute for each step its *return* (the reward of this step, plus 0.99 times that
-       of the next step, plus 0.99^2 times that of the one after it, and so on to the
-       end of the episode) and its *advantage* (the return minus the mean of all returns
-       of the batch).
+    3. Compute for each step its *return*: the reward of this step, plus 0.99 times the
+       next reward, plus 0.99^2 times the one after that, and so on to the end of the
+       episode. Then compute its *advantage*: the return minus the mean of all returns
+       of the batch.
     4. Take one gradient step that makes the actions with a positive advantage more
        likely, and those with a negative advantage less likely.
     5. Repeat from step 2 with the new policy.
@@ -100,8 +100,8 @@ Another task
 
 Where this differs from the book (Sutton & Barto, *Reinforcement Learning*, 2nd edition,
 chapter 13, free at incompleteideas.net), and why
-    * The book takes a gradient step after each episode. We take one (with Adam) for 16
-      episodes, whose mean is less noisy.
+    * The book takes, after each episode, one gradient step for each of its time steps.
+      We take a single one (with Adam) for 16 episodes, whose mean is less noisy.
     * The mean of the batch is subtracted from the returns. Section 13.4 subtracts what
       a second network, the *value function*, predicts; that is lesson 2.
     * The factor gamma^t is left out: see `reinforce_loss`.
@@ -255,7 +255,8 @@ def play_episodes(
         # reward is set to 0.
         alive = alive & ~(terminated | truncated)
         observations = next_observations
-    # From T tuples of four arrays, each with N rows, to four tensors with T rows each.
+    # `steps` has T tuples of four arrays with N entries each. They are stacked over
+    # time, to four tensors whose first axis is the step.
     columns = [torch.from_numpy(np.array(rows)) for rows in zip(*steps, strict=True)]
     observations, actions, rewards, alive = columns
     return observations, actions, rewards.float(), alive
@@ -313,14 +314,15 @@ def play_episodes(
 #
 # A BASELINE is a number b that is subtracted from R in term t of (1). It may differ
 # from step to step, but it must be known before a_t is sampled. Then it does not change
-# grad J. To see this, hold everything that happened before a_t fixed. Now b is the same
-# number whichever action is sampled, so it can be moved in front of the sum, and in the
-# mean over the actions, what is subtracted is
+# grad J. To see this, hold everything that happened before a_t fixed. In the mean over
+# the actions, what is subtracted is
 #
 #     sum_a pi(a|s_t) [ b grad ln pi(a|s_t) ] = b sum_a grad pi(a|s_t) = b grad 1 = 0,
 #
-# because the probabilities of all actions add up to 1, whatever the weights are. We use
-# this twice.
+# because b is the same number whichever action is sampled, so that it can be moved in
+# front of the sum, and because the probabilities of all actions add up to 1, whatever
+# the weights are. As this holds for every past, it holds in the mean over all episodes.
+# We use it twice.
 #
 # First, the rewards from before step t are such a number: they have been received when
 # a_t is sampled. If we subtract them from R, the return G_t from step t on is left:
@@ -357,12 +359,12 @@ def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
     the worse one. The part that both returns have in common acts like a
     baseline and cancels; the difference is what is learned.
 
-    The limit of 500 steps makes an error: the pole would have stayed up, but no reward
-    is counted any more, so that the last 100 steps or so of a perfect episode look as
-    bad as the steps before a fall. But there the return depends on the number of the
-    step alone, and not on the action. So it acts like a baseline: its pushes cancel in
-    the mean, and what remains is almost only noise. Lesson 3 adds an estimate of the
-    rewards that the limit has cut off.
+    The limit of 500 steps distorts the returns: the pole would have stayed up, but no
+    reward is counted any more, so that the last 100 steps or so of a perfect episode
+    look as bad as the steps before a fall. But there the return depends on the number
+    of the step alone, and not on the action. So it acts like a baseline: both actions
+    are pushed down alike, which cancels in the mean and leaves almost only noise.
+    Lesson 3 adds an estimate of the rewards that the limit has cut off.
 
     `rewards` is (T,) or (T, N) float32, with one column per episode, padded with zeros.
     Returns a tensor of the same shape.
@@ -388,10 +390,11 @@ def subtract_mean(returns: Tensor) -> Tensor:
 
     The mean of the batch is not quite a baseline in the sense above: it contains G_t
     itself and the other returns of the same episode, which depend on a_t as well. They
-    are about one Nth of all the numbers that are averaged, and so the error in the mean
-    gradient is about 1 / N of it. With N = 1 it is large: an episode is then compared
-    with itself only. It still learns, because the steps before a fall are compared
-    with the earlier ones of the same episode.
+    are about one Nth of all the numbers that are averaged. So about one Nth of what is
+    subtracted is no baseline, and the gradient that we get on average is wrong by about
+    one part in N. With N = 1 that is much: an episode is then compared with itself
+    only. It still learns, because the steps before a fall are compared with the earlier
+    ones of the same episode.
 
     `returns` is (B,) float32: the real steps of a batch, without padding. Returns (B,).
     The example: without the padding and row by row, the returns are 1.5, 1.75, 1, 1.5,
@@ -411,9 +414,10 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 
     loss = -mean_t( A_t * ln pi(a_t|s_t) ),   mean_t over the B steps of the batch
 
-    The minus is there because PyTorch's optimizers go downhill, and we want to go
-    uphill. A_t was computed from rewards, so it is a plain number, through which no
-    gradient flows. Sutton & Barto have this step, for gamma = 1, as eq. (13.11):
+    Here (2) has the discounted G_t, minus the mean of the batch. The minus in front is
+    there because PyTorch's optimizers go downhill, and we want to go uphill. A_t was
+    computed from rewards, so it is a plain number, through which no gradient flows.
+    Sutton & Barto have this step, for gamma = 1, as eq. (13.11):
         theta <- theta + alpha (G_t - b) grad ln pi(a_t|s_t)
     where theta are the weights and alpha is the learning rate.
 
