@@ -22,10 +22,10 @@ The algorithm in 5 steps
 
     Two settings add to this, and by default neither acts. With INNER_STEPS above 1,
     steps 4 and 5 are repeated with the same responses. The policy is then no longer the
-    one that wrote them. A ratio of probabilities, rho, corrects for this, and a clip
-    stops the push on a token once its rho has moved by CLIP_EPS in the direction of the
-    push. With KL_COEF above 0, a penalty holds the policy near the model that it was at
-    the start.
+    one that wrote them. The ratio rho of a token's probability now to that when it was
+    sampled (1 at first) corrects for this, and a clip stops making a token more likely,
+    or less, once its rho is more than CLIP_EPS above 1, or below. With KL_COEF above 0,
+    a penalty holds the policy near the model that it was at the start.
 
 Symbols (G responses, L tokens in the longest response, P in the prompt)
     q           prompt_ids      (G, P)  the prompt, repeated for each response
@@ -45,7 +45,7 @@ Symbols (G responses, L tokens in the longest response, P in the prompt)
 
 One group goes through all the equations below
     The vocabulary has three tokens: 0 is the end-of-sequence token, 1 is "yes" and 2 is
-    "no". A response is cut off after three tokens (as the fourth one is here); what
+    "no". A response is cut off after three tokens (as response 4 is here); what
     follows its end is padding, which has the number 0 as well. The prompt is "Is
     exercise healthy?".
       i  response       completion_ids  mask       reward  advantage
@@ -272,7 +272,7 @@ def generate_group(
     Gives a dict with the `responses` as texts, and `prompt_ids` (G, P),
     `completion_ids` (G, L) and `mask` (G, L), int64, where G is `samples`.
     """
-    model = extract_model_from_parallel(policy)  # several processes wrap it
+    model = extract_model_from_parallel(policy)  # without main()'s wrapper
     prompt_ids = encode_prompt(tokenizer, prompt).to(model.device)  # (1, P)
     # A checkpoint may bring settings of its own for generate(), such as a top_k. They
     # would change the probabilities, so load_policy has dropped all of them but the
@@ -345,7 +345,7 @@ def score_responses(reward: Callable, prompt: str, responses: list[str]) -> Tens
 #
 # Why the mean of the group may be subtracted.
 #
-# Taking a number b, which does not depend on the text o, from its reward changes the
+# Subtracting from the reward a number b that does not depend on the text o changes the
 # mean of r(o) grad ln pi(o) by
 #     -b sum_o pi(o) grad ln pi(o) = -b grad sum_o pi(o) = -b grad 1 = 0.
 # So b, the baseline, changes the gradient of one group, but not the mean of many. If b
@@ -444,9 +444,12 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     where both agree. (DeepSeekMath, eq. (4); k3 is J. Schulman's name.)
 
     The gradient of k3 is (1 - pi_ref/pi) grad ln pi, so a step downhill makes a token
-    more likely where pi is below pi_ref, and less likely where it is above. (Its mean
-    over tokens from pi is -sum_v pi_ref(v) grad ln pi(v), which is the gradient of
-    KL(pi_ref || pi), with the roles swapped.)
+    more likely where pi is below pi_ref, and less likely where it is above.
+
+    The mean of k3 is KL(pi || pi_ref), but backward() sees only k3, and not that pi has
+    also chosen the tokens over which the mean is taken. So the mean of this gradient is
+    not the gradient of that mean. It is -sum_v pi_ref(v) grad ln pi(v), the gradient of
+    KL(pi_ref || pi), with the roles swapped. Both are 0 only where pi is pi_ref.
 
     Both (G, L); gives (G, L).
     By hand: "yes" has pi 0.6 and pi_ref 0.4 -> 2/3 - ln(2/3) - 1 = 0.0721; "no" has 0.2
@@ -487,14 +490,17 @@ def grpo_loss(
     with pi(o)/pi_old(o), the product of the rho of its tokens: the mean over texts from
     pi_old is then sum_o pi_old(o) pi(o)/pi_old(o) A(o) = sum_o pi(o) A(o), the mean
     over texts from pi. But a product of many ratios is very noisy. GRPO, like PPO,
-    weights each token with its own rho only, which is nearly the same while they are
-    near 1.
+    weights each token with its own rho only, and leaves out those of the other tokens.
+    That is much less noisy, but slightly wrong. The error vanishes as pi approaches
+    pi_old, which is one more reason to stay near it.
 
     The min and the clip. A group says little about a policy that is far from the one
     that wrote it, so several steps on it must not carry the policy far. clip(x, a, b)
     is x, but a if x is below a, and b if x is above b. With it, a token is pushed no
-    further once rho has moved by eps in the direction of the push, and it can always
-    come back:
+    further once rho has moved by eps in the direction of the push. The clip alone would
+    also stop a token whose rho has moved the wrong way: with A = 1 and rho = 0.5, it is
+    the constant 0.8, without a gradient. The min takes rho A = 0.5 there, so that such
+    a token can come back:
         A    rho              min takes   gradient
         > 0  above 1 + eps    clipped     0: it is already likely enough
         > 0  below 1 + eps    rho A       makes the token more likely
@@ -521,8 +527,9 @@ def grpo_loss(
     -> loss = -(1.65 - 0.45 - 2 * 0.4667) / 4 = -0.0667. Before the gradient step, it
     was 0. Each first token has been pushed far enough and has no gradient now.
     """
-    # masked_fill, since multiplying an infinity by a mask of 0 gives nan. It is done
-    # here so that the padding gets no gradient, and below so that it adds no value.
+    # At padding, the exp below may be infinite, and infinity times a mask of 0 is nan.
+    # So masked_fill, and twice: here so that the padding gets no gradient, and below so
+    # that it adds no value.
     padding = mask == 0
     log_probs = log_probs.masked_fill(padding, 0.0)
     ratio = (log_probs - old_log_probs).exp()  # has a gradient even where it is 1

@@ -223,16 +223,16 @@ LEARNING_RATE = 2e-3
 # noise of the minibatches. In short runs 1 does better: they need the large steps.
 FINAL_RATE = 0.0
 
-# Discount: a reward one step later counts this much less, so the agent looks about
+# Discount: a reward one step later counts 0.995 times as much, so the agent looks about
 # 1 / (1 - 0.995) = 200 steps ahead, which is the length of a landing. With a larger
 # value the agent gains little by landing soon. A smaller one makes the advantages less
 # noisy, but with it the agent does not see the landing from far away.
 GAMMA = 0.995
 
 # From how many real rewards an advantage is made before the critic's prediction takes
-# over: with 0 from one, with 1 from all that the rollout has. With a small value the
-# errors of the critic mislead the actor; near 1 the luck of single episodes does.
-# `gae` explains it.
+# over. 0: a single one; 1: all up to the end of the episode or of the rollout; a value
+# in between mixes these. With a small value the errors of the critic mislead the actor;
+# near 1 the luck of single episodes does. `gae` explains it.
 GAE_LAMBDA = 0.98
 
 # How far the ratio may move from 1 before an action is not pushed any further. If it is
@@ -243,11 +243,10 @@ CLIP_EPS = 0.2
 # with too much, it never settles.
 ENTROPY_BONUS = 0.003
 
-# Weight of the critic's loss. Actor and critic share no weights, and Adam evens out a
-# factor that is the same in all minibatches, so this weight does not change how fast
-# the critic learns. But MAX_GRAD_NORM, the next one, treats both networks as one: with
-# a large weight, it shortens the actor's gradient in just those minibatches in which
-# the critic's error is large, and Adam cannot even that out.
+# Weight of the critic's loss. Actor and critic share no weights, and a constant factor
+# means nothing to Adam, so it hardly changes how fast the critic learns. But with a
+# large weight, the critic's errors use up MAX_GRAD_NORM, the next setting, which
+# shortens the steps of the actor.
 VALUE_WEIGHT = 0.5
 
 # The gradient is scaled down when its norm, over both networks, exceeds this (gradient
@@ -345,9 +344,9 @@ def log_probs_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tens
 # The worked example of this lesson has T = 3 steps in N = 2 copies, with 2 actions to
 # choose from (`collect` explains the two kinds of end):
 #
-#     copy 1   s_0 -> s_1 -> the time limit truncates the episode
+#     copy 1   s_0 -> s_1 -> its last observation: the time limit truncates the episode
 #              a new episode: s_2 -> the rollout ends here, the episode does not
-#     copy 2   s_0 -> s_1 -> s_2 -> a crash terminates the episode
+#     copy 2   s_0 -> s_1 -> s_2 -> its last observation: a crash terminates the episode
 #
 # Its rewards are [1, 1, 1] in copy 1 and [1, 2, -1] in copy 2. Steps 3 and 4 go on
 # with it.
@@ -435,9 +434,9 @@ def gae(
     A_t     = delta_t + gamma * lam * (1 - ended_t) * A_{t+1}
 
     These are PPO's equations (12) and (11), computed backwards, with the ends of
-    episodes added. s_{t+1} is always the observation that step t itself led to, in the
-    code `next_observations`. Where an episode ended, that is its last observation, and
-    not the first one of the new episode, which stands in row t+1.
+    episodes added. Here s_{t+1} is always the observation that step t itself led to, in
+    the code `next_observations`. It is that of row t+1 unless the episode ended at t:
+    then row t+1 holds the start of the new episode, like s_2 of copy 1 in the example.
 
     Before the step, the critic predicted that the return would be V(s_t). After it, r_t
     + gamma * V(s_{t+1}) is a better prediction of the same return, because one of its
@@ -448,7 +447,8 @@ def gae(
 
     delta_t contains the later consequences of the action only as far as the critic
     foresees them, in V(s_{t+1}). What it did not foresee shows in the surprises of the
-    next steps. So A_t adds up the surprises from t on. Two of them make
+    next steps. So A_t adds up the surprises from t on, discounted as rewards are. For
+    lam = 1, two of them make
 
         delta_t + gamma delta_{t+1} = r_t + gamma r_{t+1} + gamma^2 V(s_{t+2}) - V(s_t):
 
@@ -463,10 +463,10 @@ def gae(
     * With lam = 1 consider an episode that is cut k steps after t, by the rollout or by
       the time limit. Every V in between appears once with plus and once with minus, and
       A_t = r_t + gamma r_{t+1} + ... + gamma^(k-1) r_{t+k-1} + gamma^k V(s_{t+k})
-      - V(s_t). So only the last V can mislead (V(s_t) may be wrong as well, but it is a
-      baseline and adds no bias), but the luck of all k steps is in A_t (variance).
-      After a termination even that last V is missing, and A_t + V(s_t) is the return of
-      REINFORCE.
+      - V(s_t). Only the last V can mislead, so there is little bias. (V(s_t) may be
+      wrong as well, but it is a baseline, which adds none.) But the luck of all k steps
+      is in A_t: variance. After a termination even that last V is missing, and A_t +
+      V(s_t) is the return of REINFORCE.
 
     Why there are two flags:
     * `terminated` cuts the bootstrap, V(s_{t+1}), because no reward can follow.
@@ -484,13 +484,13 @@ def gae(
                rewards    values    next_values  deltas        advantages
       copy 1   1, 1,  1   0, 2, 1   2, 6, 2      2, 2,    1    2.5, 2,  1
       copy 2   1, 2, -1   1, 0, 1   0, 1, 3      0, 2.5, -2    0.5, 2, -2
-    Within an episode, next_values[t] equals values[t+1]. Three entries are not in
-    values: the 6 is
-    V of the last observation before the truncation (the 1 in values is already the new
-    episode), the last 2 is V where the rollout was cut, and the 3 is V of the crash,
-    which the factor 1 - terminated removes. For instance, the truncated step of copy 1
-    has delta = 1 + 0.5 * 6 - 2 = 2, and the step before it A = 2 + 0.25 * 2 = 2.5. The
-    crash has delta = -1 - 1 = -2.
+    Within an episode, next_values[t] equals values[t+1]. Three of the next_values
+    belong to observations that are no row of the rollout: the 6 is V of the last
+    observation before the truncation (the 1 in values is already the new episode), the
+    last 2 is V where the rollout was cut, and the 3 is V of the crash, which the factor
+    1 - terminated removes. For instance, the truncated step of copy 1 has delta = 1 +
+    0.5 * 6 - 2 = 2, and the step before it A = 2 + 0.25 * 2 = 2.5. The crash has delta
+    = -1 - 1 = -2.
     """
     deltas = rewards + gamma * next_values * (1 - terminated) - values
     advantages = torch.zeros_like(rewards)
@@ -618,13 +618,13 @@ def clipped_surrogate_loss(
       A > 0  gradient    gradient     none
       A < 0  none        gradient     gradient
 
-    "None" stands where the action has become more likely, or less likely, by enough. In
-    the other two corners it was moved against its own advantage, by gradient steps on
-    other rows, and should come back. The clip alone, without the min, would have no
+    "None" stands where the action has already moved far enough in the direction of its
+    advantage. In the other two outer fields it was moved against it, by gradient steps
+    on other rows, and should come back. The clip alone, without the min, would have no
     gradient there either. All rows share the network's weights, so a step on one
-    changes the probabilities in all. For the same reason the clip does not
-    guarantee that the ratio stays inside: it only stops a row from pushing, and others
-    can still carry its ratio past 1.2. After ten updates about 8 % are outside.
+    changes the probabilities in all. For the same reason the clip does not guarantee
+    that the ratio stays inside: it only stops a row from pushing, and others can still
+    carry its ratio past 1.2. After ten updates about 8 % are outside.
 
     `log_probs` (B,) carry the gradient; `old_log_probs` and `advantages` (B,) do not.
     In the worked example all six actions had probability 0.5 when they were taken. Some
@@ -659,11 +659,12 @@ def ppo_loss(agent: ActorCritic, batch: dict[str, Tensor]) -> Tensor:
     critic's error.
 
     In the worked example, take the first gradient step, with all six rows. The ratios
-    are 1 and the normalised advantages 0 on average, so the first term is 0. Before any
-    learning V - G is -A, with the A of `gae`, whose squares have the mean (2.5^2 + 2^2
-    + 1^2 + 0.5^2 + 2^2 + 2^2) / 6 = 3.25. The entropy is ln 2. So the loss is 0 + 0.5 *
-    3.25 - 0.003 * 0.6931 = 1.6229. That the policy's part is 0 says nothing about how
-    well it flies; only the return does.
+    are 1 and the normalised advantages 0 on average, so the first term is 0. Before the
+    first gradient step, V is still the one in G = V + A, so V - G = -A, with the A of
+    `gae`, whose squares have the mean (2.5^2 + 2^2 + 1^2 + 0.5^2 + 2^2 + 2^2) / 6 =
+    3.25. The entropy is ln 2. So the loss is 0 + 0.5 * 3.25 - 0.003 * 0.6931 = 1.6229.
+    That the policy's part is 0 says nothing: its gradient is not 0, but that of
+    REINFORCE.
     """
     logits = agent.actor(batch["observations"])
     log_probs, entropies = log_probs_and_entropy(logits, batch["actions"])
