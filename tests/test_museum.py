@@ -5,6 +5,7 @@ import random
 import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,8 +111,12 @@ def test_the_solution_tells_a_fix_from_a_wrong_fix(game, capsys, monkeypatch):
     monkeypatch.setattr(museum, "passes_its_tests", lambda *_: bool(passed))
     museum.solution()
     assert "not changed" in capsys.readouterr().out
-    edit(script, r"return \(log_probs", "return 2 * (log_probs")
     edit(script, r"next_return = rewards\[t\] \+", "next_return = rewards[t] -")
+    with pytest.raises(SystemExit):
+        museum.solution()
+    said = capsys.readouterr().out  # the place of the change, and not that of the bug
+    assert "Not yet" in said and len(re.findall(r"line \d+", said)) == 1
+    edit(script, r"return \(log_probs", "return 2 * (log_probs")
     with pytest.raises(SystemExit):
         museum.solution()
     said, lines = capsys.readouterr().out, script.read_text().splitlines()
@@ -125,10 +130,25 @@ def test_the_solution_tells_a_fix_from_a_wrong_fix(game, capsys, monkeypatch):
     edit(script, r"return 2 \* \(log_probs", "return -(log_probs  ")
     museum.solution()
     said = capsys.readouterr().out
-    assert "You found it." in said and "more than needed" in said
+    assert "You found it." in said and "Also changed" in said
     edit(script, "^", "if:\n")
     with pytest.raises(SystemExit, match="line 1 .* not valid Python"):
         museum.solution()
+
+
+def test_a_fix_is_tested_by_whole_files_once_a_test_has_another_name():
+    script = "train_cartpole.py"
+    texts, gone = {script: (ROOT / script).read_text()}, "tests/test_cartpole.py::gone"
+    files = []
+
+    def runs(command, **options):
+        files.append(command[-1])
+        return SimpleNamespace(returncode=4 if command[-1] == gone else 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial.subprocess, "run", runs)
+        assert trial.passes(texts, [gone])
+    assert files == [gone, "tests/test_cartpole.py"]
 
 
 def test_hints_go_from_the_symptom_to_the_function_to_the_line(game, capsys):

@@ -303,7 +303,7 @@ lines(GRPO, "grpo-logits-one-token-off", "by hand", "maxtext#2103")(
     "The logits at place t are about the token at t + 1. The lesson notices and refuses to "
     "start, so the bug takes the check with it, which few programs have.",
     ("[prompt_ids, completion_ids], 1)[:, :-1]", "[prompt_ids, completion_ids], 1)"),
-    ("        check_policy(policy, tokenizer)\n", ""),
+    ("check_policy(policy, tokenizer)", ""),
 )
 lines(
     GRPO,

@@ -294,7 +294,7 @@ def hint() -> None:
     places = changes(right, wrong)
     if number == 0:
         for said in [*map(symptoms.words, seen(bug)), found_by(bug)]:
-            print(f"Hint 1: {said}.")
+            print(f"Hint 1, seen in three other runs: {said}.")
     elif number == 1:
         line = code_lines(right)[places[0][0]][1]
         functions = re.findall(
@@ -335,10 +335,13 @@ def solution(word: str = "") -> None:
             (left if near and file == bug.file else more).append(f"{where} of {file}")
     found = not left or passes_its_tests(bug, mine)
     other_words = ", in other words than ours" if left else ""
-    not_yet = f"Not yet: {'; '.join(left)} still differs from the lesson."
-    print(f"You found it{other_words}." if found else not_yet)
+    # Whoever has not changed the line of the bug is not told which line it is.
+    places, tried = changes(wrong, right), changes(wrong, mine[bug.file])
+    near = any(a <= d and c <= b for a, b, _ in places for c, d, _ in tried)
+    where = f"look once more at {'; '.join(left)}" if near else "the bug is still there"
+    print(f"You found it{other_words}." if found else f"Not yet: {where}.")
     for where in more:
-        print(f"You changed more than needed: {where} was right.")
+        print(f"Also changed, and no part of the bug: {where}")
     if not found:
         sys.exit(f"A hint: {ME} hint. To see the bug: {ME} solution show")
     tell(bug)

@@ -126,9 +126,9 @@ def measured(lesson: str) -> str:
     stale = sum(run["code"] != code_of(lesson) for run in runs)
     machine = ", ".join(f"{name} {what}" for name, what in results["machine"].items())
     changed = (
-        f" **{stale} of {len(runs)} runs were measured with other code**: `{lesson}` "
-        "has changed since. To measure them again: "
-        f"`{ME} measure {LESSONS.index(lesson) + 1}`."
+        f" {stale} of {len(runs)} runs were measured with other code: `{lesson}` has "
+        "changed since. It still holds if your healthy run lies in its ranges. To "
+        f"measure them again: `{ME} measure {LESSONS.index(lesson) + 1}`."
     )
     days = " to ".join(dict.fromkeys(dates))
     return f"Measured {days} ({machine}).{changed if stale else ''}"
