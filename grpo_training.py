@@ -1237,6 +1237,8 @@ def resume(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> dict:
     if not (RESUME and found):
         if RESUME:
             say(f"RESUME: no checkpoint is in {folders[0].parent}; this is a new run.")
+        elif found:
+            say(f"A checkpoint is in {found[0]}. RESUME = True goes on from it.")
         return {"rewards": []}
     with one_line_about(f"{found[0]} does not fit these Settings"):
         accelerator.load_state(found[0])

@@ -372,10 +372,15 @@ def test_a_run_that_ends_before_its_first_step_writes_nothing(settings, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_finds_no_checkpoint_to_resume_says_so(settings, tmp_path, capsys):
+def test_a_run_says_if_it_does_not_go_on_from_a_checkpoint(settings, tmp_path, capsys):
+    folder = tmp_path / "model_checkpoint"
     settings(RESUME=True)
+    lesson.main()  # there is none
+    assert str(folder) in capsys.readouterr().out
+    (folder / "checkpoint").mkdir(parents=True)
+    settings(RESUME=False)
     lesson.main()
-    assert str(tmp_path / "model_checkpoint") in capsys.readouterr().out
+    assert str(folder / "checkpoint") in capsys.readouterr().out
 
 
 def test_a_run_without_enough_memory_names_the_place_that_helps(settings, capsys):
