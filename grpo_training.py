@@ -1271,8 +1271,9 @@ def save_run(
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
     model = policy.merge_and_unload() if LORA_RANK else policy
-    model.generation_config = model.shipped_generation_config
     model.save_pretrained(aside)
+    # As it came: save_pretrained() would refuse what some models ship, and lose the run.
+    model.shipped_generation_config.to_json_file(aside / "generation_config.json")
     tokenizer.save_pretrained(aside)
     try:
         draw_learning_curve(rewards, aside / "learning_curve.png")
