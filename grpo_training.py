@@ -1272,7 +1272,7 @@ def save_run(
         path.mkdir(parents=True)
     model = policy.merge_and_unload() if LORA_RANK else policy
     model.save_pretrained(aside)
-    # As it came: save_pretrained() refuses what some models ship, and would lose the run.
+    # As it came: save_pretrained() refuses what some models ship, which loses the run.
     model.shipped_generation_config.to_json_file(aside / "generation_config.json")
     tokenizer.save_pretrained(aside)
     try:
