@@ -63,7 +63,8 @@ Run it, and what you should see (the manual is in README.md)
     about 17 seconds on one core of a CPU, so that 50 steps take a quarter of an hour.
     The two small models in grpo_tiny/ need no download, and take half a minute:
     uncomment the line below REWARD_MODEL_NAME to train them. (They are also used when
-    the Hub cannot be reached.) With them, the seed 0 prints, among other lines:
+    the Hub cannot be reached, if both names are the default ones.) With them, the seed
+    0 prints, among other lines:
     step  reward   std    best   loss     KL entropy clipped length cut off gradient
        0   -1.35  1.77   +2.98 +0.000  0.000    1.00    0.0%   61.4     88%     2.86
       49   -0.09  2.09   +2.95 +0.000  0.000    1.04    0.0%   52.6     50%     2.94

@@ -239,12 +239,15 @@ def test_the_settings_of_adamw_lora_and_the_advantages_are_used(settings, monkey
 
 
 def test_wandb_gets_every_step_if_asked_for(settings, monkeypatch):
-    log, trackers = [], []
+    log, trackers, configs = [], [], []
 
     class Fake(Accelerator):
         def __init__(self, log_with=None, **others):
             trackers.append(log_with)
             super().__init__(**others)
+
+        def init_trackers(self, project, config):
+            configs.append(config)
 
         def log(self, values, step):
             log.append((step, set(values)))
@@ -255,6 +258,7 @@ def test_wandb_gets_every_step_if_asked_for(settings, monkeypatch):
     lesson.main()
     assert trackers == [None, "wandb"] and [step for step, _ in log] == [0, 1] * 2
     assert {"reward", "std", "loss", "KL", "entropy", "clipped"} <= log[2][1]
+    assert configs[1]["LR"] == lesson.LR and configs[1]["SEED"] == lesson.SEED
     settings(find_spec=lambda name: None)
     fails_with(lesson.main, "USE_WANDB", "pip install")
 

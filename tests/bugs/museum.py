@@ -293,8 +293,9 @@ def hint() -> None:
     bug, number, wrong, right = the_exercise()
     places = changes(right, wrong)
     if number == 0:
-        for said in [*map(symptoms.words, seen(bug)), found_by(bug)]:
+        for said in map(symptoms.words, seen(bug)):
             print(f"Hint 1, seen in three other runs: {said}.")
+        print(f"Hint 1: {found_by(bug)}.")
     elif number == 1:
         line = code_lines(right)[places[0][0]][1]
         functions = re.findall(
