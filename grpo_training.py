@@ -66,7 +66,7 @@ Run it, and what you should see (the manual is in README.md)
     the Hub cannot be reached, if both names are the default ones.) With them, the seed
     0 prints, among other lines:
     step  reward   std    best   loss     KL entropy clipped length cut off gradient
-       0   -1.35  1.77   +2.98 +0.000  0.000    1.00    0.0%   61.4     88%     2.86
+       0   -1.34  1.77   +2.98 +0.000  0.000    1.00    0.0%   61.4     88%     2.86
       49   -0.09  2.09   +2.95 +0.000  0.000    1.04    0.0%   52.6     50%     2.94
     32 fresh responses before training: mean reward -1.312 (std 1.316)
     32 fresh responses after training: mean reward +0.287 (std 1.934)
