@@ -531,16 +531,15 @@ def grpo_loss(
     # At padding, the exp below may be infinite, and infinity times a mask of 0 is nan.
     # So masked_fill, and twice: here so that the padding gets no gradient, and below so
     # that it adds no value.
-    padding = mask == 0
-    log_probs = log_probs.masked_fill(padding, 0.0)
+    log_probs = log_probs.masked_fill(mask == 0, 0.0)
     ratio = (log_probs - old_log_probs).exp()  # has a gradient even where it is 1
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     advantages = advantages.unsqueeze(1)  # (G, 1): every token of a response alike
     objective = torch.min(ratio * advantages, clipped * advantages)
     if ref_log_probs is not None:
         objective = objective - kl_coef * kl_estimate(log_probs, ref_log_probs)
-    objective = objective.masked_fill(padding, 0.0)
-    return -(objective.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    objective = objective.masked_fill(mask == 0, 0.0)
+    return -(objective.sum(1) / mask.sum(1)).mean()
 
 
 # ------------------------------------------------------------------------------------

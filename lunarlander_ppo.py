@@ -168,6 +168,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from tqdm.auto import tqdm
@@ -842,29 +843,40 @@ def evaluate(policy: Callable, episodes: int, first_seed: int, greedy: bool) -> 
 
 def check_settings() -> None:
     """Stop with one line that names every impossible setting, before anything runs."""
-    counts = {"TOTAL_STEPS": TOTAL_STEPS, "REPORT_EVERY": REPORT_EVERY}
-    counts |= {"NUM_ENVS": NUM_ENVS, "ROLLOUT_STEPS": ROLLOUT_STEPS, "EPOCHS": EPOCHS}
-    counts |= {"MINIBATCH_SIZE": MINIBATCH_SIZE, "HIDDEN_UNITS": HIDDEN_UNITS}
-    counts |= {"HELD_OUT_EPISODES": HELD_OUT_EPISODES}
-    shares = {"FINAL_RATE": FINAL_RATE, "GAMMA": GAMMA, "GAE_LAMBDA": GAE_LAMBDA}
-    sizes = {"CLIP_EPS": CLIP_EPS, "MAX_GRAD_NORM": MAX_GRAD_NORM}
-    sizes |= {"LEARNING_RATE": LEARNING_RATE, "REWARD_SCALE": REWARD_SCALE}
-    from_0 = {"ENTROPY_BONUS": ENTROPY_BONUS, "VALUE_WEIGHT": VALUE_WEIGHT}
-    from_0 |= {"WATCH_EVERY": WATCH_EVERY, "SEED": SEED}
-    paths = {"WEIGHTS_PATH": WEIGHTS_PATH, "CURVE_PATH": CURVE_PATH}
-    rows, seeds = NUM_ENVS * ROLLOUT_STEPS, (SEED + 1) * NUM_ENVS
-    rules = {f"{name} must be at least 1": x >= 1 for name, x in counts.items()}
-    rules |= {f"{name} must be from 0 to 1": 0 <= x <= 1 for name, x in shares.items()}
-    rules |= {f"{name} must be above 0": 0 < x < math.inf for name, x in sizes.items()}
-    rules |= {f"{name} must be at least 0": x >= 0 for name, x in from_0.items()}
-    rules["TOTAL_STEPS must be at least NUM_ENVS * ROLLOUT_STEPS"] = rows <= TOTAL_STEPS
-    rules["SEED must be below HELD_OUT_SEED / NUM_ENVS"] = seeds <= HELD_OUT_SEED
-    for name, path in paths.items():
-        folder, rule = Path(path).parent, f"{name} must be in a writable folder"
-        rules[rule] = folder.is_dir() and os.access(folder, os.W_OK)
+    counts = TOTAL_STEPS, REPORT_EVERY, NUM_ENVS, ROLLOUT_STEPS, EPOCHS
+    counts += MINIBATCH_SIZE, HIDDEN_UNITS, HELD_OUT_EPISODES
+    sizes = LEARNING_RATE, CLIP_EPS, MAX_GRAD_NORM, REWARD_SCALE
+    shares = FINAL_RATE, GAMMA, GAE_LAMBDA
+    weights = ENTROPY_BONUS, VALUE_WEIGHT
+    batch, seeds = NUM_ENVS * ROLLOUT_STEPS, (SEED + 1) * NUM_ENVS
+    rules = {
+        "SEED must be from 0 to HELD_OUT_SEED / NUM_ENVS - 1": (
+            SEED >= 0 and seeds <= HELD_OUT_SEED
+        ),
+        "TOTAL_STEPS, REPORT_EVERY, NUM_ENVS, ROLLOUT_STEPS, EPOCHS, MINIBATCH_SIZE, "
+        "HIDDEN_UNITS and HELD_OUT_EPISODES must be 1 or more": min(counts) >= 1,
+        "TOTAL_STEPS must be NUM_ENVS * ROLLOUT_STEPS or more": batch <= TOTAL_STEPS,
+        "LEARNING_RATE, CLIP_EPS, MAX_GRAD_NORM and REWARD_SCALE must be above 0": (
+            all(0 < size < math.inf for size in sizes)
+        ),
+        "FINAL_RATE, GAMMA and GAE_LAMBDA must be from 0 to 1": (
+            all(0 <= share <= 1 for share in shares)
+        ),
+        "ENTROPY_BONUS and VALUE_WEIGHT must be 0 or more": min(weights) >= 0,
+        "WATCH_EVERY must be 0 or more": WATCH_EVERY >= 0,
+        "the folders of WEIGHTS_PATH and CURVE_PATH must exist and be writable": (
+            can_write(WEIGHTS_PATH) and can_write(CURVE_PATH)
+        ),
+        "CURVE_PATH must end in .png": CURVE_PATH.suffix == ".png",
+    }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         sys.exit(f"Settings: {'; '.join(broken)}.")
+
+
+def can_write(path: Path) -> bool:
+    """True if a file of this name can be written: its folder is there and is ours."""
+    return path.parent.is_dir() and os.access(path.parent, os.W_OK)
 
 
 def print_header() -> None:
@@ -893,31 +905,24 @@ def watch(agent: ActorCritic, pictures: list) -> None:
     """Show one greedy episode, in a window or at the end of a GIF of `pictures`."""
     from lunar_eval import show  # it imports this file in turn, so not at the top
 
-    path = Path(CURVE_PATH).with_name("lunarlander_learning.gif")
+    path = CURVE_PATH.with_name("lunarlander_learning.gif")
     show(agent, episodes=1, path=path, pictures=pictures)
-
-
-def end_with(line: str) -> None:
-    """End a run that missed its aim: one line, status 1; a notebook only prints it."""
-    if "ipykernel" in sys.modules:  # there, SystemExit would look like a crash
-        print(line)
-    else:
-        sys.exit(line)
 
 
 @contextlib.contextmanager
 def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
     """Whatever ends the lines inside early, `save()` keeps the run so far.
 
-    Ctrl-C, `kill` and a closed terminal only leave a mark in the list that this yields;
-    run() looks at it once per update. So no signal can interrupt the writing of a file.
-    (Nor would an exception do: Python ignores it if it is raised in a `__del__`, and
-    Box2D has many.)
+    Ctrl-C, `kill` and a closed terminal only leave a mark in the list that this yields,
+    and run() looks at it once per update: so no signal can disturb the writing of a
+    file. (Nor would an exception do: Python ignores it if it is raised in a `__del__`,
+    and Box2D has many.)
     """
-    stopped, names = [], ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
-    before = {}
+    stopped, before = [], {}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     if threading.current_thread() is threading.main_thread():  # the only one that may
-        for number in [n for n in signal.Signals if n.name in names]:
+        for number in numbers:
             if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
                 before[number] = signal.signal(number, lambda *_: stopped.append(True))
     try:
@@ -932,28 +937,29 @@ def keep_unfinished_run(save: Callable[[], str]) -> Iterator[list]:
             signal.signal(number, handler)
 
 
-def save_run(agent: ActorCritic, history: list, suffix: str = "", **facts) -> str:
-    """Write weights and curve, with `suffix` added to both names; return their paths.
+def end_with(line: str) -> None:
+    """End a run that missed its aim, with one line and status 1 (in a notebook: 0)."""
+    if "ipykernel" in sys.modules:  # there, SystemExit would look like a crash
+        print(line)
+    else:
+        sys.exit(line)
 
-    The weights are written aside and then renamed: the file is whole or not there.
-    """
-    paths = Path(WEIGHTS_PATH).absolute(), Path(CURVE_PATH).absolute()
-    path, curve = (p.with_stem(p.stem + suffix) for p in paths)
-    replaced = f"\nReplaced: an older {path.name}." if path.exists() else ""
-    facts |= {"env_id": ENV_ID, "seed": SEED, "hidden_units": HIDDEN_UNITS}
-    with tempfile.TemporaryDirectory(".tmp", path.name, path.parent) as folder:
-        temporary = Path(folder, path.name)
-        torch.save({"weights": agent.state_dict(), **facts}, temporary)
-        os.replace(temporary, path)
+
+def save_run(agent: ActorCritic, history: list, suffix: str, **facts: float) -> str:
+    """Write weights and curve, with `suffix` in both names; return their paths."""
+    path, curve = [p.with_stem(p.stem + suffix) for p in (WEIGHTS_PATH, CURVE_PATH)]
+    replaced = ["Replaced: the older files of these names."] if path.exists() else []
+    checkpoint = {"weights": agent.state_dict(), "env_id": ENV_ID, "seed": SEED}
+    checkpoint |= {**facts, "hidden_units": HIDDEN_UNITS}
+    with tempfile.TemporaryDirectory(dir=path.parent, suffix=".tmp") as folder:
+        torch.save(checkpoint, Path(folder, path.name))
+        os.replace(Path(folder, path.name), path)  # at once, so never half a file
     try:
         draw_learning_curve(history, curve)
-    except Exception as problem:  # a picture is not worth losing the run
-        return f"{path}{replaced}\nThe learning curve could not be drawn: {problem!r}"
-    if "ipykernel" in sys.modules:
-        from IPython.display import Image, display
-
-        display(Image(str(curve)))
-    return f"{path}\n{curve}{replaced}"
+        show_in_notebook(curve)
+    except Exception as problem:  # a picture is not worth a run
+        curve = f"The learning curve could not be drawn: {problem}"
+    return "\n".join(map(str, [path, curve, *replaced]))
 
 
 def load_agent(path: Path | str = WEIGHTS_PATH) -> ActorCritic:
@@ -972,10 +978,8 @@ def load_agent(path: Path | str = WEIGHTS_PATH) -> ActorCritic:
     return agent
 
 
-def draw_learning_curve(history: list, path: Path | str) -> None:
+def draw_learning_curve(history: list, path: Path) -> None:
     """Write a picture of (steps so far, return, length) of the episodes, in order."""
-    from matplotlib.figure import Figure  # here, since it takes a second to import
-
     steps, returns, _ = np.array(history).reshape(-1, 3).T
     last_100 = [np.mean(returns[max(0, i - 99) : i + 1]) for i in range(len(returns))]
     axes = Figure(figsize=(8, 4), dpi=120, layout="constrained").subplots()
@@ -985,6 +989,14 @@ def draw_learning_curve(history: list, path: Path | str) -> None:
     axes.set(title=f"PPO on {ENV_ID}", xlabel="steps", ylabel="return")
     axes.legend(loc="lower right")
     axes.figure.savefig(path)
+
+
+def show_in_notebook(picture: Path) -> None:
+    """Display a picture where the script runs in a notebook."""
+    if "ipykernel" in sys.modules:
+        from IPython.display import Image, display
+
+        display(Image(filename=picture))
 
 
 if __name__ == "__main__":

@@ -362,4 +362,4 @@ def grpo_padding_times_0(
     if ref_log_probs is not None:
         objective = objective - kl_coef * kl_estimate(log_probs, ref_log_probs)
     objective = objective * mask  # WRONG
-    return -(objective.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    return -(objective.sum(1) / mask.sum(1)).mean()

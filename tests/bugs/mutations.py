@@ -48,9 +48,6 @@ BECAUSE = {
     ),
     "`False` to `True`": "A cache that nobody reads: no value changes.",
     "`0.0` to `1.0`": "Any finite number does: what is filled in is masked afterwards.",
-    "`mask.sum(1).clamp(min=1)` to `mask.sum(1)`": (
-        "Every response has at least one token, so the sum is never 0."
-    ),
 }
 
 
