@@ -31,6 +31,8 @@ parts:
     policies        Two steps of each policy that the manual names, at its true size,
                     random weights, without a reward model. The largest takes 16 GB.
     memory          The largest of them with LoRA, gradient checkpointing, and both.
+    dropout         Share of the sampled tokens whose probability dropout would change
+                    by more than 20 %, in a random model of gpt2's size.
     train           The lesson on REAL_MODEL, rewarded for naming benefits of exercise.
 """
 
@@ -384,6 +386,29 @@ def memory() -> dict:
     return {"runs": costs(LARGEST, edits)}
 
 
+def dropout() -> dict:
+    """What dropout would do to the probabilities of the tokens that were sampled."""
+    with tempfile.TemporaryDirectory() as folder:
+        in_own_process(make_model, folder, RANDOM)
+        return {"summary": tell(in_own_process(compare_with_dropout, folder))}
+
+
+def compare_with_dropout(folder: str) -> dict:
+    """The row of `dropout`."""
+    import grpo_training as lesson
+
+    torch.manual_seed(SEED)
+    policy = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompts = torch.randint(0, policy.config.vocab_size - 1, (SAMPLES, 7))
+    limits = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+    ids = policy.generate(prompts, do_sample=True, top_k=0, **limits)[:, 7:]
+    with torch.no_grad():
+        without = lesson.completion_log_probs(policy, prompts, ids, 1.0)
+        dropping = lesson.completion_log_probs(policy.train(), prompts, ids, 1.0)
+    changed = ((dropping - without).exp() - 1).abs() > 0.2
+    return {"share changed by more than 20 %": changed.float().mean().item()}
+
+
 def train() -> dict:
     """The lesson itself on a pretrained model, but for the model and the reward."""
     return in_own_process(train_real, real_model())
@@ -412,6 +437,6 @@ def train_real(model: str) -> dict:
 if __name__ == "__main__":
     if sys.argv[1:] == ["unpack"]:
         sys.exit(unpack(os.environ["REAL_MODEL"]))
-    parts = (compare, growth, default_pair, policies, memory, train)
+    parts = (compare, growth, default_pair, policies, memory, dropout, train)
     packages = ["torch", "transformers", "accelerate", "trl", "peft"]
     run_parts(["grpo_training.py"], packages, {part.__name__: part for part in parts})
