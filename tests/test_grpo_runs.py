@@ -360,11 +360,19 @@ def test_a_checkpoint_is_whole_whenever_the_writing_of_the_next_one_stops(
     assert loaded(tmp_path / "model")
 
 
-def test_a_run_that_ends_before_its_first_step_writes_nothing(settings, tmp_path):
-    settings(REWARD_FUNCTION=lambda prompt, texts: {}["a bug"])
-    with pytest.raises(KeyError):
+@pytest.mark.parametrize("error", [KeyError, torch.OutOfMemoryError])
+def test_an_error_before_the_first_step_writes_nothing_and_lack_of_memory_finds_help(
+    settings, tmp_path, capsys, error
+):
+    def reward(prompt, texts):
+        raise error
+
+    settings(REWARD_FUNCTION=reward)
+    with pytest.raises(error):
         lesson.main()
     assert not list(tmp_path.iterdir())
+    no_memory = error is torch.OutOfMemoryError
+    assert ("README.md" in capsys.readouterr().out) == no_memory
 
 
 def test_a_run_says_if_it_does_not_go_on_from_a_checkpoint(settings, tmp_path, capsys):
@@ -376,16 +384,6 @@ def test_a_run_says_if_it_does_not_go_on_from_a_checkpoint(settings, tmp_path, c
     settings(RESUME=False)
     lesson.main()
     assert str(folder / "checkpoint") in capsys.readouterr().out
-
-
-def test_a_run_without_enough_memory_names_the_place_that_helps(settings, capsys):
-    def reward(prompt, texts):
-        raise torch.OutOfMemoryError
-
-    settings(REWARD_FUNCTION=reward)
-    with pytest.raises(torch.OutOfMemoryError):
-        lesson.main()
-    assert "README.md" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [OSError("busy"), KeyboardInterrupt()], ids=repr)
