@@ -669,6 +669,7 @@ def test_a_session_in_a_terminal_outlives_wrong_input_and_ends_well_at_ctrl_c():
     script = "import tictactoe_eval as card; card.SEED = 1; card.main()"
     env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     terminal = pexpect.spawn(sys.executable, ["-c", script], 300, cwd=ROOT, env=env)
+    terminal.delaybeforesend = None
 
     def answers(typed=b"", question=rb"leave\): "):
         terminal.send(typed)
