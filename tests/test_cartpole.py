@@ -346,9 +346,8 @@ def test_the_edits_that_the_docstring_gives_for_another_task_are_enough(
     monkeypatch.syspath_prepend(in_folder)
     for name in ("train_cartpole", "cartpoleinference"):
         monkeypatch.delitem(sys.modules, name)
-    trains, shows = map(
-        importlib.import_module, ("train_cartpole", "cartpoleinference")
-    )
+    trains = importlib.import_module("train_cartpole")
+    shows = importlib.import_module("cartpoleinference")
     monkeypatch.setattr(shows, "has_display", lambda: False)
     with pytest.raises(SystemExit, match="Not perfect after"):
         trains.main()
@@ -448,8 +447,8 @@ def test_the_scripts_run_in_a_notebook_which_shows_curve_and_gif(tmp_path, monke
     copy_lesson(tmp_path, CARTPOLE, **CARTPOLE.short, GIF_EVERY=20)
     (tmp_path / SHIPPED.name).write_bytes(SHIPPED.read_bytes())
     book = nbformat.v4.new_notebook()
-    for code in ("%run train_cartpole.py", "%run cartpoleinference.py"):
-        book.cells.append(nbformat.v4.new_code_cell(code))
+    for script in CARTPOLE.scripts:
+        book.cells.append(nbformat.v4.new_code_cell(f"%run {script}"))
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(book, timeout=600, resources=resources).execute()
     end = str(CARTPOLE.short["MAX_EPISODES"])

@@ -26,9 +26,7 @@ EACH = pytest.mark.parametrize("lesson", LESSONS.values(), ids=LESSONS)
 def every(*names, of):
     """A parametrised test over what of(lesson) gives for each lesson."""
     cases = [(key, case) for key in LESSONS for case in of(LESSONS[key])]
-    cases = [
-        (key, *case) if type(case) is tuple else (key, case) for key, case in cases
-    ]
+    cases = [(key, *(x if type(x) is tuple else (x,))) for key, x in cases]
     values = [(LESSONS[key], *case) for key, *case in cases]
     ids = ["-".join(map(str, case)) for case in cases]
     return pytest.mark.parametrize(("lesson", *names), values, ids=ids)

@@ -91,7 +91,6 @@ def write_group(policy, tokenizer, samples=8):
     torch.manual_seed(0)
     group = lesson.generate_group(policy, tokenizer, PROMPT, samples)
     group["rewards"] = torch.tensor(low_words(PROMPT, group["responses"]))
-    group["advantages"] = lesson.group_advantages(group["rewards"])
     return group
 
 

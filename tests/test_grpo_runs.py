@@ -22,7 +22,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from families import POLICIES, save
-from lessons import LESSONS, ROOT, copy_lesson, quiet_environment, spy_on
+from lessons import LESSONS, ROOT, run_copy, spy_on
 from test_grpo import PROMPT, fails_with, low_words, tiny_policy, weights
 from transformers import AutoModelForCausalLM
 
@@ -60,10 +60,7 @@ def loaded(folder):
 def two_groups():
     """Two groups of tools.short_policy() with rewards of different means."""
     policy, tokenizer = tools.short_policy()
-    groups = [
-        tools.write_group(policy, tokenizer, 6),
-        tools.write_group(policy, tokenizer, 6),
-    ]
+    groups = [tools.write_group(policy, tokenizer, 6) for _ in range(2)]
     groups[1]["rewards"] = 10 + torch.arange(6.0)
     return groups
 
@@ -283,27 +280,19 @@ def contents(folder):
 
 
 KILLED = """
-def REWARD_FUNCTION(prompt, responses):
-    CALLS.append(prompt)
-    if len(CALLS) == 8:
+import os, signal
+import grpo_training as lesson
+
+def reward(prompt, responses):
+    calls.append(prompt)
+    if len(calls) == 8:  # in step 5, after 4 are kept
         os.kill(os.getpid(), signal.SIGKILL)
     return [float(len(text)) for text in responses]
 
-
-CALLS = []
+calls, lesson.REWARD_FUNCTION = [], reward
+os.chdir("/")  # it writes beside itself, wherever it starts
+lesson.main()
 """
-
-
-def run_the_script_until_it_is_killed(folder, **values):
-    """It writes beside itself, wherever it starts."""
-    copy_lesson(folder, LESSONS["grpo"], **(tools.SMALL | values))
-    script = folder / "grpo_training.py"
-    text = script.read_text().replace("\nREWARD_FUNCTION = None\n", KILLED)
-    script.write_text(text)
-    env, command = quiet_environment(folder), [sys.executable, script]
-    options = {"cwd": folder.parent, "env": env, "capture_output": True}
-    done = subprocess.run(command, timeout=300, **options)
-    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.mark.parametrize(("how", "rank"), [("killed", 0), ("stopped", 2)])
@@ -322,9 +311,11 @@ def test_a_run_that_is_killed_and_resumed_ends_where_an_unbroken_one_does(
     settings(**values, REWARD_FUNCTION=reward, SAVE_DIR=str(tmp_path / "whole"))
     lesson.main()  # two calls measure, then there is one per step, then two measure
     settings(SAVE_DIR=str(tmp_path / "model"))
-    if how == "killed":  # in step 5, after 4 are kept
+    if how == "killed":
         values |= {"POLICY_MODEL_NAME": str(folders / "policy"), "SAVE_DIR": "model"}
-        run_the_script_until_it_is_killed(tmp_path, **values)
+        values = tools.SMALL | values
+        done = run_copy(tmp_path, LESSONS["grpo"], ["-c", KILLED], **values)
+        assert done.returncode == -signal.SIGKILL, done.stderr
     else:
         with pytest.raises(KeyboardInterrupt):
             lesson.main()
@@ -369,11 +360,19 @@ def test_a_checkpoint_is_whole_whenever_the_writing_of_the_next_one_stops(
     assert loaded(tmp_path / "model")
 
 
-def test_a_run_that_ends_before_its_first_step_writes_nothing(settings, tmp_path):
-    settings(REWARD_FUNCTION=lambda prompt, texts: {}["a bug"])
-    with pytest.raises(KeyError):
+@pytest.mark.parametrize("error", [KeyError, torch.OutOfMemoryError])
+def test_an_error_before_the_first_step_writes_nothing_and_lack_of_memory_finds_help(
+    settings, tmp_path, capsys, error
+):
+    def reward(prompt, texts):
+        raise error
+
+    settings(REWARD_FUNCTION=reward)
+    with pytest.raises(error):
         lesson.main()
     assert not list(tmp_path.iterdir())
+    no_memory = error is torch.OutOfMemoryError
+    assert ("README.md" in capsys.readouterr().out) == no_memory
 
 
 def test_a_run_says_if_it_does_not_go_on_from_a_checkpoint(settings, tmp_path, capsys):
@@ -385,16 +384,6 @@ def test_a_run_says_if_it_does_not_go_on_from_a_checkpoint(settings, tmp_path, c
     settings(RESUME=False)
     lesson.main()
     assert str(folder / "checkpoint") in capsys.readouterr().out
-
-
-def test_a_run_without_enough_memory_names_the_place_that_helps(settings, capsys):
-    def reward(prompt, texts):
-        raise torch.OutOfMemoryError
-
-    settings(REWARD_FUNCTION=reward)
-    with pytest.raises(torch.OutOfMemoryError):
-        lesson.main()
-    assert "README.md" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [OSError("busy"), KeyboardInterrupt()], ids=repr)

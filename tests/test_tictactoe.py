@@ -4,16 +4,16 @@ import copy
 import io
 import itertools
 import os
-import pty
 import re
-import select
 import sys
 import time
 import warnings
 from functools import cache
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
+import pexpect  # it comes with ipykernel
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env, data_equivalence
@@ -221,22 +221,17 @@ def test_the_script_shows_a_game_whose_moves_lead_to_the_result_it_says(capsys):
 
 def test_the_example_that_goes_through_the_lesson():
     # The two games of the comments of step 2; the learner moves first in game 0.
-    cells = {True: {}, False: {}}  # of the learner, of the opponent: board -> cell
-    for learner_turn, moves in ((True, "03142"), (False, "4082137")):
-        text, mark = ".........", "X"
-        for cell in map(int, moves):
-            cells[learner_turn][tuple(seen_by(text, mark))] = cell
-            text, mark = put(text, cell, mark), other(mark)
-            learner_turn = not learner_turn
+    def moves(*cells):
+        cells = iter(cells)
 
-    def script(learner):
         def policy(boards):
-            chosen = [cells[learner][tuple(board)] for board in boards.tolist()]
+            chosen = [next(cells) for _ in boards]
             return 100.0 * one_hot(torch.tensor(chosen, dtype=torch.int64), 9)
 
         return policy
 
-    boards, masks, actions, moved, results = play(script(True), script(False), 2, 0)
+    learner, opponent = moves(0, 0, 1, 2, 2, 3), moves(4, 3, 8, 4, 1, 7)
+    boards, masks, actions, moved, results = play(learner, opponent, 2, 0)
     assert boards[5, 1].tolist() == [1, -1, 1, 0, -1, 0, 0, 0, -1]
     assert masks[5, 1].tolist() == [0, 0, 0, 1, 0, 1, 1, 1, 0]
     assert actions[moved].tolist() == [0, 0, 1, 2, 2, 3]
@@ -307,14 +302,6 @@ def test_the_expected_gradient_is_that_of_the_expected_result_with_any_value(val
     loss = lesson.actor_loss(weights * probs.log(), advantages)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.allclose(-gradient, exact, atol=1e-6) and exact.abs().max() > 0.1
-
-
-def test_one_step_makes_a_good_move_more_likely_and_a_bad_one_less_likely():
-    for sign in (1.0, -1.0):
-        logits = torch.zeros(9, requires_grad=True)
-        lesson.actor_loss(logits.log_softmax(0)[4:5], torch.tensor([sign])).backward()
-        after = (logits - 0.1 * logits.grad).softmax(0)[4]
-        assert (after > 1 / 9) == (sign > 0)
 
 
 def change(monkeypatch, **settings):
@@ -578,15 +565,7 @@ def test_the_report_card_is_exact_and_more_of_it_is_there_when_asked_for(
 
 def typed(monkeypatch, *answers):
     """From now on, these are the answers to input(); an exception is raised."""
-    answers = iter(answers)
-
-    def fake(question):
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr("builtins.input", fake)
+    monkeypatch.setattr("builtins.input", mock.Mock(side_effect=answers))
 
 
 def networks():
@@ -686,79 +665,41 @@ def test_who_begins_is_sampled(monkeypatch):
     assert begun[:200] != begun[200:400] and begun[400:600] == begun[600:]
 
 
-class Terminal:
-    """The eval script in a terminal of its own; `expect` waits for what it prints."""
+def test_a_session_in_a_terminal_outlives_wrong_input_and_ends_well_at_ctrl_c():
+    script = "import tictactoe_eval as card; card.SEED = 1; card.main()"
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    terminal = pexpect.spawn(sys.executable, ["-c", script], 300, cwd=ROOT, env=env)
+    terminal.delaybeforesend = None
 
-    def __init__(self, *edits):
-        self.printed, self.read_up_to = "", 0
-        self.process, self.handle = pty.fork()  # Ctrl-C typed there reaches the script
-        if self.process == 0:
-            os.chdir(ROOT)
-            os.environ["PYTHONIOENCODING"] = "utf-8:strict"
-            script = ["import tictactoe_eval as card", *edits, "card.main()"]
-            os.execv(sys.executable, [sys.executable, "-c", "\n".join(script)])
+    def answers(typed=b"", question=rb"leave\): "):
+        terminal.send(typed)
+        terminal.expect(question)
+        return (terminal.before + terminal.after).decode(errors="replace")
 
-    def expect(self, pattern, seconds=300):
-        """Wait for the pattern; return the text from the last match up to its end."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            match = re.compile(pattern).search(self.printed, self.read_up_to)
-            if match:
-                text = self.printed[self.read_up_to : match.end()]
-                self.read_up_to = match.end()
-                return text
-            if select.select([self.handle], [], [], 0.1)[0]:
-                try:
-                    self.printed += os.read(self.handle, 9999).decode(errors="replace")
-                except OSError:  # the other end is closed
-                    break
-        raise AssertionError(f"no {pattern!r} in {self.printed[self.read_up_to :]!r}")
-
-    def say(self, text, then="leave.: "):
-        """Type a text, and return what is printed until the next question."""
-        os.write(self.handle, text if isinstance(text, bytes) else text.encode())
-        return self.expect(then)
-
-    def leave(self, key, then):
-        """Press a key that ends the program, which has to end well."""
-        time.sleep(0.5)  # the prompt is there a moment before the script reads
-        text = self.say(key, then)
-        status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
-        os.close(self.handle)
-        assert "Traceback" not in text and status == 0
-        return text
-
-
-def test_a_whole_game_in_the_terminal_and_then_another_until_the_input_ends():
-    terminal = Terminal("card.SEED = 1")  # the agent begins
-    again = r"Play again\? \(y or n\): "
-    text = terminal.expect("leave.: ")
-    assert "untrained" in text  # the report card comes first
+    text, again = answers(), rb"Play again\? \(y or n\): "
+    assert "untrained" in text and "The agent begins" in text
+    taken = re.search(r"takes (\d)", text)[1]
+    wrong = [b"corner", b"9", b"-1", b"", b"  ", "\u00b2".encode(), b"\xff"]
+    for typed in [*wrong, taken.encode()]:
+        said = answers(typed + b"\n")
+        assert "is not the number of a free cell: " in said
+        assert taken not in said.split("cell:")[1]
     for _ in range(2):
         while "Play again" not in text:
             moved = re.search(r"takes \d.*critic expected.*probability", text, re.S)
             assert moved or "You begin" in text
             board = re.findall(r"^ {4} ([XO\d] \| [XO\d] \| [XO\d])", text, re.M)[-3:]
             cell = re.findall(r"\d", " ".join(board))[0]
-            text = terminal.say(cell + "\n", f"leave.: |{again}")
+            text = answers(f" {cell} \n".encode(), rb"leave\): |" + again)
         assert re.search(r"(A draw|The agent wins)\.\r\nScore: you 0, agent", text)
         assert ("agent wins" in text) == bool(re.search(r"\[[XO]\]", text))
-        for no_answer in ("maybe", "1", ""):
-            terminal.say(no_answer + "\n", again)
-        text = terminal.say("y\n")
-    score = terminal.leave("\x04", r"Bye\. Score: you 0, agent (\d), draws (\d)\r\n")
+        for no_answer in (b"maybe", b"1", b""):
+            answers(no_answer + b"\n", again)
+        text = answers(b"y\n")
+    time.sleep(0.5)  # the prompt is there a moment before the script reads
+    score = answers(b"\x03", rb"Bye\. Score: you 0, agent \d, draws \d\r\n")
     assert sum(map(int, re.findall(r"\d", score.split("agent")[-1]))) == 2
-
-
-def test_wrong_input_is_said_plainly_and_asked_again_until_ctrl_c():
-    terminal = Terminal("card.SHOW_REPORT = False", "card.SEED = 0")  # the human begins
-    terminal.expect("leave.: ")
-    for wrong in ("corner\n", "9\n", "-1\n", "\n", "  \n", "\u00b2\n", b"\xff\n"):
-        assert "is not the number of a free cell: 0, 1" in terminal.say(wrong)
-    assert "takes" in terminal.say(" 4 \n")
-    answer = terminal.say("4\n")
-    assert "'4' is not" in answer and "4" not in answer.split("cell:")[1]
-    terminal.leave("\x03", r"Bye\. Score: you 0, agent 0, draws 0")
+    assert "Traceback" not in score and terminal.wait() == 0
 
 
 def test_the_two_files_of_a_run_are_known_as_a_pair_and_those_of_two_runs_refused(
