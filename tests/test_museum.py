@@ -55,7 +55,7 @@ def script(tmp_path, monkeypatch):
 
 def test_a_line_that_is_gone_is_said_with_its_entry(script, monkeypatch):
     right, wrong = "def main()", "def main(_=0)"
-    bug = replace(museum.find("cartpole-sign"), function="", edits=((right, wrong),))
+    bug = replace(museum.find("cartpole-sign"), edits=((right, wrong),))
     monkeypatch.setattr(plant, "BUGS", [bug])
     script.write_text(f"# {right}\n'''{right}'''\n{script.read_text()}")
     assert not plant.trouble(bug)  # comments and docstrings are no code
@@ -67,13 +67,14 @@ def test_a_line_that_is_gone_is_said_with_its_entry(script, monkeypatch):
 
 def test_a_bug_in_an_equation_survives_renamed_variables_and_arguments(script):
     bug = museum.find("cartpole-reward-one-step-late")
+    ((name, _),) = bug.edits
     for old, new in [("", ""), (r"\bnext_return\b", "later"), (r"\bgamma\b", "x")]:
         edit(script, old, new)
         tree = ast.parse(plant.planted(bug))
-        tree.body = [node for node in tree.body if plant.named(node, bug.function)]
+        tree.body = [node for node in tree.body if plant.named(node, name)]
         names = {"torch": torch, "Tensor": torch.Tensor}
         exec(compile(tree, "planted", "exec"), names)
-        assert names[bug.function](torch.ones(3), 0.5).tolist() == [1.5, 1, 0]
+        assert names[name](torch.ones(3), 0.5).tolist() == [1.5, 1, 0]
 
 
 @pytest.fixture

@@ -55,7 +55,8 @@ def code_of(lesson: str) -> str:
 def planted(bug: Bug) -> str:
     """The text of the bug's script with the bug in it."""
     text = (ROOT / bug.file).read_text()
-    new = with_function(bug, text) if bug.function else with_lines(bug, text)
+    by_function = callable(bug.edits[0][1])
+    new = with_function(bug, text) if by_function else with_lines(bug, text)
     if new == text:
         raise Gone(f"{bug.name}: {bug.file} has this bug already, without planting it")
     return new
@@ -110,12 +111,13 @@ def only_code(text: str) -> str:
 
 def with_function(bug: Bug, text: str) -> str:
     """The text with the wrong body; lines and comments that fit are the lesson's."""
-    target = next((x for x in ast.parse(text).body if named(x, bug.function)), None)
-    source = inspect.getsource(bug.wrong)
+    ((name, function),) = bug.edits
+    target = next((x for x in ast.parse(text).body if named(x, name)), None)
+    source = inspect.getsource(function)
     wrong = ast.parse(source).body[0]
     if target is None or len(target.args.args) != len(wrong.args.args):
         what = "no longer there" if target is None else "called with other arguments"
-        raise Gone(f"{bug.name}: the function {bug.function} of {bug.file} is {what}")
+        raise Gone(f"{bug.name}: the function {name} of {bug.file} is {what}")
     for there, here in zip(wrong.args.args, target.args.args, strict=True):
         source = re.sub(rf"\b{there.arg}\b", here.arg, source)
     start = target.body[ast.get_docstring(target) is not None].lineno - 1
