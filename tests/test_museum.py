@@ -38,9 +38,8 @@ def test_a_line_of_text_as_long_as_the_row_below_it_is_no_new_head():
 
 def test_every_bug_was_measured_beside_healthy_runs_that_show_no_symptom():
     for bug in BUGS:
-        kept = museum.results_of(plant.lesson_of(bug))["bugs"][bug.name]
+        kept, healthy = museum.runs_of(bug)
         assert [run["seed"] for run in kept] == list(museum.SEEDS)
-        healthy = museum.healthy_of(bug)
         assert symptoms.shown(healthy, healthy) in (["hidden"], [])
         assert bug.check in CHECKS
 
@@ -70,10 +69,9 @@ def test_a_bug_in_an_equation_survives_renamed_variables_and_arguments(script):
     ((name, _),) = bug.edits
     for old, new in [("", ""), (r"\bnext_return\b", "later"), (r"\bgamma\b", "x")]:
         edit(script, old, new)
-        tree = ast.parse(plant.planted(bug))
-        tree.body = [node for node in tree.body if plant.named(node, name)]
+        wrong = plant.functions(plant.planted(bug))[name]
         names = {"torch": torch, "Tensor": torch.Tensor}
-        exec(compile(tree, "planted", "exec"), names)
+        exec(compile(ast.unparse(wrong), "planted", "exec"), names)
         assert names[name](torch.ones(3), 0.5).tolist() == [1.5, 1, 0]
 
 
@@ -84,7 +82,7 @@ def game(tmp_path, monkeypatch):
 
     def start():
         bug, folder = museum.find("cartpole-sign"), museum.EXERCISE
-        runs.copy_lesson(folder, bug.file, bug, museum.exercise_settings(bug))
+        runs.copy_lesson(folder, bug, True, runs.settings_of(bug, museum.EXERCISE_SEED))
         museum.remember(bug, hints=0)
         return folder / bug.file
 
@@ -225,8 +223,7 @@ def test_the_tests_of_a_lesson_run_fastest_first_on_a_copy(tmp_path, monkeypatch
 def test_mutations_are_other_programs_and_miss_no_equation(lesson, monkeypatch):
     programs, found = [], mutations.mutants(lesson)
     for name, _, text in [*found, (found[-1][0], "", (ROOT / lesson).read_text())]:
-        nodes = ast.parse(text).body
-        programs += [ast.dump(node) for node in nodes if plant.named(node, name)]
+        programs.append(ast.dump(plant.functions(text)[name]))
     assert len({*programs}) == len(found) + 1 > 9
     monkeypatch.setitem(mutations.EQUATIONS, lesson, "no_such_function")
     with pytest.raises(SystemExit, match="no_such_function"):

@@ -33,6 +33,7 @@ class Bug:
     """One bug; what is not said here is explained above."""
 
     name: str  # lesson and bug, as `museum.py` takes it
+    lesson: str  # the script that trains
     file: str  # the script that is changed
     check: str
     source: str
@@ -47,7 +48,8 @@ BUGS: list[Bug] = []
 
 def lines(name, check, source, reported="", file="", **settings) -> Callable:
     """To be called with how people come to write it, and the pairs."""
-    facts = name, file or SCRIPTS[name.split("-")[0]], check, source, reported, settings
+    lesson = SCRIPTS[name.split("-")[0]]
+    facts = name, lesson, file or lesson, check, source, reported, settings
     return lambda why, *edits: BUGS.append(Bug(*facts, why, edits))
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import symptoms
 from catalogue import BUGS, CHECKS, Bug
 from matplotlib.figure import Figure
-from museum import ME, healthy_of, results_of, seen
-from plant import FACTS, HERE, LESSONS, bugs_of, code_of, diff, lesson_of, trouble
+from museum import ME, results_of, runs_of, seen
+from plant import FACTS, HERE, LESSONS, bugs_of, code_of, diff, trouble
 
 
 def figure(runs: list, name: str, form: str, of: Callable = median) -> str:
@@ -20,7 +20,7 @@ def figure(runs: list, name: str, form: str, of: Callable = median) -> str:
 
 def number_of(bug: Bug) -> str:
     """1.3: the third bug of lesson 1."""
-    lesson = lesson_of(bug)
+    lesson = bug.lesson
     return f"{LESSONS.index(lesson) + 1}.{bugs_of(lesson).index(bug) + 1}"
 
 
@@ -38,20 +38,14 @@ def table(*rows: tuple) -> str:
 
 def by_symptom(bugs: list[Bug]) -> str:
     """Which bugs show a symptom; for those that show none, which check finds them."""
-    loud = [
-        (words, ", ".join(short(bug) for bug in bugs if key in seen(bug)))
-        for key, (words, _) in symptoms.SYMPTOMS.items()
-        if key != "hidden"
-    ]
-    quiet = [
-        (
-            f"[{number}, {check}](README.md#how-to-debug)",
-            ", ".join(
-                short(b) for b in bugs if b.check == check and "hidden" in seen(b)
-            ),
-        )
-        for number, check in enumerate(CHECKS, 1)
-    ]
+    loud, quiet = [], []
+    for key, (words, _) in symptoms.SYMPTOMS.items():
+        found = [short(bug) for bug in bugs if key in seen(bug) and key != "hidden"]
+        loud.append((words, ", ".join(found)))
+    for number, check in enumerate(CHECKS, 1):
+        found = [bug for bug in bugs if bug.check == check and "hidden" in seen(bug)]
+        link = f"[{number}, {check}](README.md#how-to-debug)"
+        quiet.append((link, ", ".join(map(short, found))))
     return (
         table(("What you see", "Bugs"), *filter(all, loud))
         + "\n\n**The curve shows nothing** of the following ones: they end as good as "
@@ -62,10 +56,10 @@ def by_symptom(bugs: list[Bug]) -> str:
 
 def apart(bug: Bug) -> str:
     """The figures of which no run with the bug comes near a healthy one."""
-    rows, pair = [], (results_of(lesson_of(bug))["bugs"][bug.name], healthy_of(bug))
-    for name, words, form, _ in FACTS[lesson_of(bug)]["figures"]:
-        here, there = ([run[name] for run in runs] for runs in pair)
-        wrong, right = (figure(runs, name, form) for runs in pair)
+    rows, both = [], runs_of(bug)
+    for name, words, form, _ in FACTS[bug.lesson]["figures"]:
+        here, there = ([run[name] for run in runs] for runs in both)
+        wrong, right = (figure(runs, name, form) for runs in both)
         if wrong != right and (min(here) > max(there) or max(here) < min(there)):
             rows.append((words, f"**{wrong}**", right))
     return table(("", "with the bug", "healthy"), *rows[:5]) if rows else ""
@@ -75,7 +69,7 @@ def section(bug: Bug) -> str:
     """One bug: the lines, what was seen, what finds it, who met it."""
     number = CHECKS.index(bug.check) + 1
     settings = ", ".join(f"`{name} = {value}`" for name, value in bug.settings.items())
-    caught = results_of(lesson_of(bug))["caught"].get(bug.name)
+    caught = results_of(bug.lesson)["caught"].get(bug.name)
     test = f", `{caught[0].split('::')[-1]}`" if caught else ""
     parts = [
         f"### {number_of(bug)} {bug.name}",
@@ -101,8 +95,7 @@ def not_as_reported(bugs: list[Bug]) -> str:
 
 def draw(bug: Bug) -> None:
     """Write the curves of a bug, red, beside the healthy band, grey."""
-    healthy = healthy_of(bug)
-    runs = results_of(lesson_of(bug))["bugs"][bug.name]
+    runs, healthy = runs_of(bug)
     figure = Figure(figsize=(3.4, 1.6), layout="constrained")
     axes = figure.subplots()
     grid = np.linspace(0, max(run["x"][-1] for run in healthy + runs), 60)
