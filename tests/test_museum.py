@@ -107,7 +107,7 @@ def test_an_exercise_is_another_bug_each_time_and_tells_nothing(game, capsys):
 
 def test_the_solution_tells_a_fix_from_a_wrong_fix(game, capsys, monkeypatch):
     script, passed = game(), []
-    monkeypatch.setattr(museum, "passes_its_tests", lambda *_: bool(passed))
+    monkeypatch.setattr(trial, "passes", lambda *_: bool(passed))
     museum.solution()
     assert "not changed" in capsys.readouterr().out
     edit(script, r"next_return = rewards\[t\] \+", "next_return = rewards[t] -")
@@ -135,18 +135,15 @@ def test_the_solution_tells_a_fix_from_a_wrong_fix(game, capsys, monkeypatch):
         museum.solution()
 
 
-def test_a_fix_is_tested_by_whole_files_once_a_test_has_another_name():
-    script = "train_cartpole.py"
-    texts, gone = {script: (ROOT / script).read_text()}, "tests/test_cartpole.py::gone"
-    files = []
+def test_a_fix_is_tested_by_whole_files_once_a_test_has_another_name(monkeypatch):
+    files, gone = [], "tests/test_cartpole.py::gone"
 
-    def runs(command, **options):
+    def run(command, **options):
         files.append(command[-1])
         return SimpleNamespace(returncode=4 if command[-1] == gone else 0)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial.subprocess, "run", runs)
-        assert trial.passes(texts, [gone])
+    monkeypatch.setattr(trial.subprocess, "run", run)
+    assert trial.passes({}, [gone])
     assert files == [gone, "tests/test_cartpole.py"]
 
 

@@ -69,8 +69,8 @@ def list_bugs() -> None:
     print(__doc__)
     for number, lesson in enumerate(LESSONS, 1):
         names = [bug.name for bug in bugs_of(lesson)]
-        print(f"Lesson {number}, {lesson}, tests/bugs/{FACTS[lesson]['page']}")
-        print("\n".join(f"    {name}" for name in names))
+        page = f"tests/bugs/{FACTS[lesson]['page']}"
+        print(f"Lesson {number}, {lesson}, {page}", *names, sep="\n    ")
 
 
 def results_of(lesson: str) -> dict:
@@ -130,14 +130,13 @@ def check(*words: str) -> None:
     missed = []
     with trial.copy_of_repository() as folder:
         for bug in chosen(words):
-            lesson, text = bug.lesson, planted(bug)
-            failed = trial.red_tests(folder, lesson, bug.file, text, at_most=5)
+            failed = trial.red_tests(folder, bug.lesson, bug.file, planted(bug), 5)
             missed += [] if failed else [bug.name]
             word = failed[0].split("::")[-1] if failed else "NOT CAUGHT"
             print(f"{bug.name:44} {word}", flush=True)
-            results = results_of(lesson)
+            results = results_of(bug.lesson)
             results["caught"][bug.name] = failed
-            keep(lesson, results)
+            keep(bug.lesson, results)
     if missed:
         sys.exit(f"Not caught: {', '.join(missed)}")
 
@@ -288,9 +287,8 @@ def hint() -> None:
         print(f"Hint 1: {found_by(bug)}.")
     elif number == 1:
         line = code_lines(right)[places[0][0]][1]
-        functions = re.findall(
-            r"^ *def (\w+)", "\n".join(right.splitlines()[:line]), re.M
-        )
+        before = "\n".join(right.splitlines()[:line])
+        functions = re.findall(r"^ *def (\w+)", before, re.M)
         print(f"Hint 2: it is in {functions[-1]}() of {bug.file}.")
     elif number == 2:
         where = "; ".join(words for _, _, words in places)
@@ -312,10 +310,9 @@ def solution(word: str = "") -> None:
         except SyntaxError as problem:
             sys.exit(f"Not yet: line {problem.lineno} of {file} is not valid Python.")
     unchanged = code_hash(mine[bug.file]) == code_hash(wrong)
+    if unchanged:
+        print("You have not changed the line yet. This is the bug:")
     if unchanged or word == "show":
-        print(
-            "You have not changed the line yet. This is the bug:" if unchanged else ""
-        )
         return tell(bug)
     bug_places, left, more = changes(right, wrong), [], []
     for file, text in mine.items():
@@ -324,7 +321,10 @@ def solution(word: str = "") -> None:
         for a, b, where in [] if same else changes(healthy, text):
             near = any(a <= last and first <= b for first, last, _ in bug_places)
             (left if near and file == bug.file else more).append(f"{where} of {file}")
-    found = not left or passes_its_tests(bug, mine)
+    found, tests = not left, results_of(bug.lesson)["caught"].get(bug.name)
+    if left and tests:
+        print("Not word for word as in the lesson: its tests will tell ...", flush=True)
+        found = trial.passes(mine, tests)
     other_words = ", in other words than ours" if left else ""
     # Whoever has not changed the line of the bug is not told which line it is.
     places, tried = changes(wrong, right), changes(wrong, mine[bug.file])
@@ -336,14 +336,6 @@ def solution(word: str = "") -> None:
     if not found:
         sys.exit(f"A hint: {ME} hint. To see the bug: {ME} solution show")
     tell(bug)
-
-
-def passes_its_tests(bug: Bug, mine: dict[str, str]) -> bool:
-    """Do the tests that the bug fails pass with what the learner wrote instead?"""
-    tests = results_of(bug.lesson)["caught"].get(bug.name, [])
-    if tests:
-        print("Not word for word as in the lesson: its tests will tell ...", flush=True)
-    return bool(tests) and trial.passes(mine, tests)
 
 
 def main() -> None:

@@ -18,15 +18,15 @@ def figure(runs: list, name: str, form: str, of: Callable = median) -> str:
     return format(round(of([run[name] for run in runs]), 6) + 0.0, form)  # never -0
 
 
-def number_of(bug: Bug) -> str:
-    """1.3: the third bug of lesson 1."""
-    lesson = bug.lesson
-    return f"{LESSONS.index(lesson) + 1}.{bugs_of(lesson).index(bug) + 1}"
+def title(bug: Bug) -> str:
+    """1.3 cartpole-softmax-twice: the third bug of lesson 1."""
+    number = bugs_of(bug.lesson).index(bug) + 1
+    return f"{LESSONS.index(bug.lesson) + 1}.{number} {bug.name}"
 
 
 def short(bug: Bug) -> str:
     """A link to the section of a bug, with its name in the lesson."""
-    anchor = f"{number_of(bug)} {bug.name}".replace(".", "").replace(" ", "-")
+    anchor = title(bug).replace(".", "").replace(" ", "-")
     return f"[{bug.name.split('-', 1)[1]}](#{anchor})"
 
 
@@ -54,6 +54,11 @@ def by_symptom(bugs: list[Bug]) -> str:
     )
 
 
+def hidden(bugs: list[Bug]) -> int:
+    """How many of them the curve does not show."""
+    return sum("hidden" in seen(bug) for bug in bugs)
+
+
 def apart(bug: Bug) -> str:
     """The figures of which no run with the bug comes near a healthy one."""
     rows, both = [], runs_of(bug)
@@ -72,7 +77,7 @@ def section(bug: Bug) -> str:
     caught = results_of(bug.lesson)["caught"].get(bug.name)
     test = f", `{caught[0].split('::')[-1]}`" if caught else ""
     parts = [
-        f"### {number_of(bug)} {bug.name}",
+        f"### {title(bug)}",
         bug.why + (f" (Measured with {settings}.)" if settings else ""),
         "```diff\n" + (trouble(bug) or "\n".join(diff(bug))) + "\n```",
         f"![{bug.name}](pictures/{bug.name}.png)",
@@ -135,11 +140,11 @@ def page(lesson: str) -> str:
     for name, words, form, where in FACTS[lesson]["figures"]:
         number, *ends = (figure(healthy, name, form, of) for of in (median, min, max))
         figures.append((words, number, " to ".join(dict.fromkeys(ends)), where))
-    quiet = sum("hidden" in seen(bug) for bug in bugs)
     parts = [
         f"# {FACTS[lesson]['title']}",
-        f"[How to debug](README.md) · {len(bugs)} bugs in `{lesson}`, {quiet} of which "
-        "the learning curve does not show. " + measured(lesson),
+        f"[How to debug](README.md) · {len(bugs)} bugs in `{lesson}`, "
+        f"{hidden(bugs)} of which the learning curve does not show. "
+        + measured(lesson),
         "## What you see, and which bug it may be",
         "Take the row with the fewest bugs among those that you see, then strike every "
         "bug that is missing from your other rows; if none is left, keep those that "
@@ -163,20 +168,18 @@ def page(lesson: str) -> str:
 def overview() -> str:
     """How many bugs each lesson has, and how many its curve does not show."""
     parts = {f"[{x['title']}]({x['page']})": bugs_of(key) for key, x in FACTS.items()}
-    rows = []
-    for name, bugs in (parts | {"all": BUGS}).items():
-        quiet = sum("hidden" in seen(bug) for bug in bugs)
-        rows.append((name, str(len(bugs)), str(quiet)))
+    parts["all"] = BUGS
+    rows = [(name, str(len(x)), str(hidden(x))) for name, x in parts.items()]
     return table(("Page", "Bugs", "Not in the curve"), *rows)
 
 
 def mutations() -> str:
     """What the changes of single operators found."""
-    rows = []
     results = json.loads((HERE / "results" / "mutations.json").read_text())
-    for script, each in results["scripts"].items():
-        share = each["killed"] / each["mutants"]
-        rows.append((f"`{script}`", str(each["mutants"]), f"{share:.1%}"))
+    rows = [
+        (f"`{script}`", str(each["mutants"]), f"{each['killed'] / each['mutants']:.1%}")
+        for script, each in results["scripts"].items()
+    ]
     return table(("Script", "Changes", "Caught"), *rows)
 
 

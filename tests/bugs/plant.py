@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "benchmarks")]
-import lessons  # noqa: E402
+import lessons  # noqa: E402, F401
 from catalogue import BUGS, GAME, TICTACTOE, Bug  # noqa: E402
 from common import code_hash  # noqa: E402
 from lessons import with_settings  # noqa: E402
@@ -33,11 +33,6 @@ def files_of(lesson: str) -> list[str]:
     return [lesson, GAME] if lesson == TICTACTOE else [lesson]
 
 
-def scripts_of(lesson: str) -> list[str]:
-    """All scripts of a lesson, also those that show what was trained."""
-    return next(s for s in (x.scripts for x in lessons.LESSONS.values()) if lesson in s)
-
-
 def bugs_of(lesson: str) -> list[Bug]:
     return [bug for bug in BUGS if bug.lesson == lesson]
 
@@ -50,8 +45,7 @@ def code_of(lesson: str) -> str:
 def planted(bug: Bug) -> str:
     """The text of the bug's script with the bug in it."""
     text = (ROOT / bug.file).read_text()
-    by_function = callable(bug.edits[0][1])
-    new = with_function(bug, text) if by_function else with_lines(bug, text)
+    new = (with_function if callable(bug.edits[0][1]) else with_lines)(bug, text)
     if new == text:
         raise Gone(f"{bug.name}: {bug.file} has this bug already, without planting it")
     return new

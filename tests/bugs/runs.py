@@ -17,13 +17,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from catalogue import BUGS, CARTPOLE, GRPO, LANDER, TICTACTOE, Bug
-from plant import FACTS, ROOT, files_of, scripts_of, text_of
+from plant import FACTS, ROOT, files_of, lessons, text_of
 
 
 def copy_lesson(folder: Path, bug: Bug, with_bug: bool, settings: dict) -> None:
     """Write the lesson with its Settings, and what it needs, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in scripts_of(bug.lesson):
+    scripts = (entry.scripts for entry in lessons.LESSONS.values())
+    for file in next(files for files in scripts if bug.lesson in files):
         (folder / file).write_text(text_of(file, bug, with_bug, settings))
     for part in ("policy", "reward") if bug.lesson == GRPO else ():
         models = Path("grpo_tiny", part)
