@@ -78,11 +78,12 @@ def changed(node: ast.AST) -> ast.AST | None:
 
 def mutants(script: str) -> list[tuple[str, str, str]]:
     """Each change of a script: function, what was changed, the text of the script."""
-    page, found = (ROOT / script).read_text(), []
+    page = (ROOT / script).read_text()
+    there, found = functions(page), []
     for name in EQUATIONS[script].split():
-        if name not in functions(page):
+        if name not in there:
             sys.exit(f"{script} has no function {name} any more: see EQUATIONS")
-        pieces = ast.walk(ast.Module(functions(page)[name].body[1:]))  # no docstring
+        pieces = ast.walk(ast.Module(there[name].body[1:]))  # not the docstring
         for old in pieces:
             if new := changed(old):
                 change = f"`{ast.unparse(old)}` to `{ast.unparse(new)}`"
