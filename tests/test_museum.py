@@ -38,9 +38,8 @@ def test_a_line_of_text_as_long_as_the_row_below_it_is_no_new_head():
 
 def test_every_bug_was_measured_beside_healthy_runs_that_show_no_symptom():
     for bug in BUGS:
-        kept = museum.results_of(plant.lesson_of(bug))["bugs"][bug.name]
+        kept, healthy = museum.runs_of(bug)
         assert [run["seed"] for run in kept] == list(museum.SEEDS)
-        healthy = museum.healthy_of(bug)
         assert symptoms.shown(healthy, healthy) in (["hidden"], [])
         assert bug.check in CHECKS
 
@@ -55,7 +54,7 @@ def script(tmp_path, monkeypatch):
 
 def test_a_line_that_is_gone_is_said_with_its_entry(script, monkeypatch):
     right, wrong = "def main()", "def main(_=0)"
-    bug = replace(museum.find("cartpole-sign"), function="", edits=((right, wrong),))
+    bug = replace(museum.find("cartpole-sign"), edits=((right, wrong),))
     monkeypatch.setattr(plant, "BUGS", [bug])
     script.write_text(f"# {right}\n'''{right}'''\n{script.read_text()}")
     assert not plant.trouble(bug)  # comments and docstrings are no code
@@ -67,13 +66,13 @@ def test_a_line_that_is_gone_is_said_with_its_entry(script, monkeypatch):
 
 def test_a_bug_in_an_equation_survives_renamed_variables_and_arguments(script):
     bug = museum.find("cartpole-reward-one-step-late")
+    ((name, _),) = bug.edits
     for old, new in [("", ""), (r"\bnext_return\b", "later"), (r"\bgamma\b", "x")]:
         edit(script, old, new)
-        tree = ast.parse(plant.planted(bug))
-        tree.body = [node for node in tree.body if plant.named(node, bug.function)]
+        wrong = plant.functions(plant.planted(bug))[name]
         names = {"torch": torch, "Tensor": torch.Tensor}
-        exec(compile(tree, "planted", "exec"), names)
-        assert names[bug.function](torch.ones(3), 0.5).tolist() == [1.5, 1, 0]
+        exec(compile(ast.unparse(wrong), "planted", "exec"), names)
+        assert names[name](torch.ones(3), 0.5).tolist() == [1.5, 1, 0]
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def game(tmp_path, monkeypatch):
 
     def start():
         bug, folder = museum.find("cartpole-sign"), museum.EXERCISE
-        runs.copy_lesson(folder, bug.file, bug, museum.exercise_settings(bug))
+        runs.copy_lesson(folder, bug, True, runs.settings_of(bug, museum.EXERCISE_SEED))
         museum.remember(bug, hints=0)
         return folder / bug.file
 
@@ -108,7 +107,7 @@ def test_an_exercise_is_another_bug_each_time_and_tells_nothing(game, capsys):
 
 def test_the_solution_tells_a_fix_from_a_wrong_fix(game, capsys, monkeypatch):
     script, passed = game(), []
-    monkeypatch.setattr(museum, "passes_its_tests", lambda *_: bool(passed))
+    monkeypatch.setattr(trial, "passes", lambda *_: bool(passed))
     museum.solution()
     assert "not changed" in capsys.readouterr().out
     edit(script, r"next_return = rewards\[t\] \+", "next_return = rewards[t] -")
@@ -136,18 +135,15 @@ def test_the_solution_tells_a_fix_from_a_wrong_fix(game, capsys, monkeypatch):
         museum.solution()
 
 
-def test_a_fix_is_tested_by_whole_files_once_a_test_has_another_name():
-    script = "train_cartpole.py"
-    texts, gone = {script: (ROOT / script).read_text()}, "tests/test_cartpole.py::gone"
-    files = []
+def test_a_fix_is_tested_by_whole_files_once_a_test_has_another_name(monkeypatch):
+    files, gone = [], "tests/test_cartpole.py::gone"
 
-    def runs(command, **options):
+    def run(command, **options):
         files.append(command[-1])
         return SimpleNamespace(returncode=4 if command[-1] == gone else 0)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial.subprocess, "run", runs)
-        assert trial.passes(texts, [gone])
+    monkeypatch.setattr(trial.subprocess, "run", run)
+    assert trial.passes({}, [gone])
     assert files == [gone, "tests/test_cartpole.py"]
 
 
@@ -224,8 +220,7 @@ def test_the_tests_of_a_lesson_run_fastest_first_on_a_copy(tmp_path, monkeypatch
 def test_mutations_are_other_programs_and_miss_no_equation(lesson, monkeypatch):
     programs, found = [], mutations.mutants(lesson)
     for name, _, text in [*found, (found[-1][0], "", (ROOT / lesson).read_text())]:
-        nodes = ast.parse(text).body
-        programs += [ast.dump(node) for node in nodes if plant.named(node, name)]
+        programs.append(ast.dump(plant.functions(text)[name]))
     assert len({*programs}) == len(found) + 1 > 9
     monkeypatch.setitem(mutations.EQUATIONS, lesson, "no_such_function")
     with pytest.raises(SystemExit, match="no_such_function"):

@@ -36,10 +36,11 @@ import symptoms
 import trial
 from catalogue import BUGS, CHECKS, TICTACTOE, Bug
 from common import code_hash, versions
-from plant import FACTS, HERE, LESSONS, bugs_of, files_of, lesson_of, planted, trouble
+from plant import FACTS, HERE, LESSONS, bugs_of, files_of, planted, trouble
 
-EXERCISE = HERE / "exercise"
+EXERCISE, RESULTS = HERE / "exercise", HERE / "results"
 SEEDS = (0, 1, 2)
+EXERCISE_SEED = 3
 ME = "python tests/bugs/museum.py"
 
 
@@ -68,18 +69,13 @@ def list_bugs() -> None:
     print(__doc__)
     for number, lesson in enumerate(LESSONS, 1):
         names = [bug.name for bug in bugs_of(lesson)]
-        print(f"Lesson {number}, {lesson}, tests/bugs/{FACTS[lesson]['page']}")
-        print("\n".join(f"    {name}" for name in names))
-
-
-def path_of(lesson: str) -> Path:
-    """The file with what was measured of a lesson."""
-    return HERE / "results" / f"{Path(lesson).stem}.json"
+        page = f"tests/bugs/{FACTS[lesson]['page']}"
+        print(f"Lesson {number}, {lesson}, {page}", *names, sep="\n    ")
 
 
 def results_of(lesson: str) -> dict:
     """What was measured: runs of the healthy lesson, runs of each bug, its tests."""
-    return json.loads(path_of(lesson).read_text())
+    return json.loads((RESULTS / lesson).with_suffix(".json").read_text())
 
 
 def keep(lesson: str, results: dict) -> None:
@@ -87,7 +83,7 @@ def keep(lesson: str, results: dict) -> None:
     text = json.dumps(results)
     results = json.loads(text, parse_float=lambda word: float(f"{float(word):.4g}"))
     text = json.dumps(results).replace("[{", "[\n{").replace("}, {", "},\n{")
-    path_of(lesson).write_text(text + "\n")
+    (RESULTS / lesson).with_suffix(".json").write_text(text + "\n")
 
 
 def group_of(bug: Bug) -> str:
@@ -95,24 +91,25 @@ def group_of(bug: Bug) -> str:
     return ", ".join(f"{name} = {value}" for name, value in bug.settings.items())
 
 
-def healthy_of(bug: Bug) -> list[dict]:
-    """The healthy runs that a bug is compared with."""
-    return results_of(lesson_of(bug))["healthy"].get(group_of(bug), [])
+def runs_of(bug: Bug) -> tuple[list[dict], list[dict]]:
+    """What was measured: the runs with a bug, and the healthy ones beside them."""
+    results = results_of(bug.lesson)
+    return results["bugs"].get(bug.name, []), results["healthy"].get(group_of(bug), [])
 
 
 @functools.cache
 def seen(bug: Bug) -> list[str]:
     """The symptoms of a bug in what was measured."""
-    found, healthy = results_of(lesson_of(bug))["bugs"].get(bug.name), healthy_of(bug)
-    return symptoms.shown(found, healthy) if found and healthy else []
+    both = runs_of(bug)
+    return symptoms.shown(*both) if all(both) else []
 
 
 def measure(*words: str) -> None:
     """Train bugs and healthy lessons, unless it was done with the code of today."""
     jobs = {}
     for bug, seed in itertools.product(chosen(words), SEEDS):
-        jobs[lesson_of(bug), "healthy", group_of(bug), seed] = bug
-        jobs[lesson_of(bug), "bugs", bug.name, seed] = bug
+        jobs[bug.lesson, "healthy", group_of(bug), seed] = bug
+        jobs[bug.lesson, "bugs", bug.name, seed] = bug
     for (lesson, kind, name, seed), bug in jobs.items():
         results, code = results_of(lesson), plant.code_of(lesson)
         kept = results[kind].get(name, [])
@@ -133,14 +130,13 @@ def check(*words: str) -> None:
     missed = []
     with trial.copy_of_repository() as folder:
         for bug in chosen(words):
-            lesson, text = lesson_of(bug), planted(bug)
-            failed = trial.red_tests(folder, lesson, bug.file, text, at_most=5)
+            failed = trial.red_tests(folder, bug.lesson, bug.file, planted(bug), 5)
             missed += [] if failed else [bug.name]
             word = failed[0].split("::")[-1] if failed else "NOT CAUGHT"
             print(f"{bug.name:44} {word}", flush=True)
-            results = results_of(lesson)
+            results = results_of(bug.lesson)
             results["caught"][bug.name] = failed
-            keep(lesson, results)
+            keep(bug.lesson, results)
     if missed:
         sys.exit(f"Not caught: {', '.join(missed)}")
 
@@ -167,9 +163,9 @@ def side_by_side(columns: list[str], pair: list[runs.Run]) -> None:
 def show(word: str) -> None:
     """Train with the bug and without, side by side, and say what was seen."""
     bug = find(word)
-    facts = FACTS[lesson_of(bug)]
+    facts = FACTS[bug.lesson]
     planted(bug)  # stops here if it cannot be planted
-    print(f"{lesson_of(bug)} with {bug.name} and without, seed {SEEDS[0]}.")
+    print(f"{bug.lesson} with {bug.name} and without, seed {SEEDS[0]}.")
     print("'-': that run has ended. Importing the libraries takes seconds ...\n")
     pair = [runs.Run(bug, plant_it, SEEDS[0]) for plant_it in (True, False)]
     side_by_side(facts["columns"], pair)
@@ -208,19 +204,18 @@ def remember(bug: Bug, hints: int) -> None:
 def remembered() -> list[str]:
     """The name of the bug that was drawn, or "", and how many hints were given."""
     path = EXERCISE / ".bug"
-    return (
-        base64.b64decode(path.read_bytes()).decode().split() if path.exists() else [""]
-    )
+    text = base64.b64decode(path.read_bytes()).decode() if path.exists() else " 0"
+    return text.split(" ")
 
 
 def the_exercise() -> tuple[Bug, int, str, str]:
     """The bug that was drawn, the hints, and its script with the bug and without."""
-    name, *hints = remembered()
+    name, hints = remembered()
     if not name:
         sys.exit(f"There is no exercise yet: {ME} exercise")
     bug = find(name)
     texts = (exercise_text(bug, bug.file, with_bug) for with_bug in (True, False))
-    return bug, int(hints[0]), *texts
+    return bug, int(hints), *texts
 
 
 def exercise(level: str = "") -> None:
@@ -236,8 +231,8 @@ def exercise(level: str = "") -> None:
 
     bug = next(filter(fits, random.sample(bugs, len(bugs))))
     shutil.rmtree(EXERCISE, ignore_errors=True)
-    lesson, folder = lesson_of(bug), os.path.relpath(EXERCISE)
-    runs.copy_lesson(EXERCISE, lesson, bug, exercise_settings(bug))
+    lesson, folder = bug.lesson, os.path.relpath(EXERCISE)
+    runs.copy_lesson(EXERCISE, bug, True, runs.settings_of(bug, EXERCISE_SEED))
     remember(bug, 0)
     beside = " (or the game beside it)" if lesson == TICTACTOE else ""
     meant = "".join(f" ({k} = {v} is meant so.)" for k, v in bug.settings.items())
@@ -257,15 +252,9 @@ Stuck: {ME} hint
 Fixed it, or given up: {ME} solution""")
 
 
-def exercise_settings(bug: Bug) -> dict:
-    """As long as the runs on the page, to compare figures, but with another seed."""
-    return runs.settings_of(bug, len(SEEDS))
-
-
 def exercise_text(bug: Bug, file: str, with_bug: bool) -> str:
     """A script of the exercise as it was written, or as it would be without the bug."""
-    planted_bug = bug if with_bug else None
-    return plant.text_of(file, lesson_of(bug), planted_bug, exercise_settings(bug))
+    return plant.text_of(file, bug, with_bug, runs.settings_of(bug, EXERCISE_SEED))
 
 
 def code_lines(text: str) -> list[tuple[str, int]]:
@@ -298,9 +287,8 @@ def hint() -> None:
         print(f"Hint 1: {found_by(bug)}.")
     elif number == 1:
         line = code_lines(right)[places[0][0]][1]
-        functions = re.findall(
-            r"^ *def (\w+)", "\n".join(right.splitlines()[:line]), re.M
-        )
+        before = "\n".join(right.splitlines()[:line])
+        functions = re.findall(r"^ *def (\w+)", before, re.M)
         print(f"Hint 2: it is in {functions[-1]}() of {bug.file}.")
     elif number == 2:
         where = "; ".join(words for _, _, words in places)
@@ -315,17 +303,16 @@ def solution(word: str = "") -> None:
     if word not in ("", "show"):
         sys.exit(f"solution, or solution show; not solution {word}")
     bug, _, wrong, right = the_exercise()
-    mine = {file: (EXERCISE / file).read_text() for file in files_of(lesson_of(bug))}
+    mine = {file: (EXERCISE / file).read_text() for file in files_of(bug.lesson)}
     for file, text in mine.items():
         try:
             compile(text, file, "exec")
         except SyntaxError as problem:
             sys.exit(f"Not yet: line {problem.lineno} of {file} is not valid Python.")
     unchanged = code_hash(mine[bug.file]) == code_hash(wrong)
+    if unchanged:
+        print("You have not changed the line yet. This is the bug:")
     if unchanged or word == "show":
-        print(
-            "You have not changed the line yet. This is the bug:" if unchanged else ""
-        )
         return tell(bug)
     bug_places, left, more = changes(right, wrong), [], []
     for file, text in mine.items():
@@ -334,7 +321,10 @@ def solution(word: str = "") -> None:
         for a, b, where in [] if same else changes(healthy, text):
             near = any(a <= last and first <= b for first, last, _ in bug_places)
             (left if near and file == bug.file else more).append(f"{where} of {file}")
-    found = not left or passes_its_tests(bug, mine)
+    found, tests = not left, results_of(bug.lesson)["caught"].get(bug.name)
+    if left and tests:
+        print("Not word for word as in the lesson: its tests will tell ...", flush=True)
+        found = trial.passes(mine, tests)
     other_words = ", in other words than ours" if left else ""
     # Whoever has not changed the line of the bug is not told which line it is.
     places, tried = changes(wrong, right), changes(wrong, mine[bug.file])
@@ -346,14 +336,6 @@ def solution(word: str = "") -> None:
     if not found:
         sys.exit(f"A hint: {ME} hint. To see the bug: {ME} solution show")
     tell(bug)
-
-
-def passes_its_tests(bug: Bug, mine: dict[str, str]) -> bool:
-    """Do the tests that the bug fails pass with what the learner wrote instead?"""
-    tests = results_of(lesson_of(bug))["caught"].get(bug.name, [])
-    if tests:
-        print("Not word for word as in the lesson: its tests will tell ...", flush=True)
-    return bool(tests) and trial.passes(mine, tests)
 
 
 def main() -> None:

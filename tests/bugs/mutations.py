@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import trial
 from catalogue import CARTPOLE, GRPO, LANDER, TICTACTOE
-from plant import FACTS, HERE, ROOT
+from plant import FACTS, HERE, ROOT, functions
 
 RESULTS = HERE / "results" / "mutations.json"
 EQUATIONS = {
@@ -78,12 +78,12 @@ def changed(node: ast.AST) -> ast.AST | None:
 
 def mutants(script: str) -> list[tuple[str, str, str]]:
     """Each change of a script: function, what was changed, the text of the script."""
-    page, found = (ROOT / script).read_text(), []
-    functions = {getattr(node, "name", ""): node for node in ast.parse(page).body}
+    page = (ROOT / script).read_text()
+    there, found = functions(page), []
     for name in EQUATIONS[script].split():
-        if name not in functions:
+        if name not in there:
             sys.exit(f"{script} has no function {name} any more: see EQUATIONS")
-        pieces = ast.walk(ast.Module(functions[name].body[1:]))  # not the docstring
+        pieces = ast.walk(ast.Module(there[name].body[1:]))  # not the docstring
         for old in pieces:
             if new := changed(old):
                 change = f"`{ast.unparse(old)}` to `{ast.unparse(new)}`"
@@ -99,7 +99,7 @@ def mutants(script: str) -> list[tuple[str, str, str]]:
 def main() -> None:
     """Try every mutant of the lessons that are asked for; keep what survives."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"scripts": {}}
+    kept = json.loads(RESULTS.read_text())
     trial.import_libraries()
     with trial.copy_of_repository() as folder:
         for script in [each for each in FACTS if word in FACTS[each]["tests"]]:

@@ -9,8 +9,8 @@ import numpy as np
 import symptoms
 from catalogue import BUGS, CHECKS, Bug
 from matplotlib.figure import Figure
-from museum import ME, healthy_of, results_of, seen
-from plant import FACTS, HERE, LESSONS, bugs_of, code_of, diff, lesson_of, trouble
+from museum import ME, results_of, runs_of, seen
+from plant import FACTS, HERE, LESSONS, bugs_of, code_of, diff, trouble
 
 
 def figure(runs: list, name: str, form: str, of: Callable = median) -> str:
@@ -18,15 +18,15 @@ def figure(runs: list, name: str, form: str, of: Callable = median) -> str:
     return format(round(of([run[name] for run in runs]), 6) + 0.0, form)  # never -0
 
 
-def number_of(bug: Bug) -> str:
-    """1.3: the third bug of lesson 1."""
-    lesson = lesson_of(bug)
-    return f"{LESSONS.index(lesson) + 1}.{bugs_of(lesson).index(bug) + 1}"
+def title(bug: Bug) -> str:
+    """1.3 cartpole-softmax-twice: the third bug of lesson 1."""
+    number = bugs_of(bug.lesson).index(bug) + 1
+    return f"{LESSONS.index(bug.lesson) + 1}.{number} {bug.name}"
 
 
 def short(bug: Bug) -> str:
     """A link to the section of a bug, with its name in the lesson."""
-    anchor = f"{number_of(bug)} {bug.name}".replace(".", "").replace(" ", "-")
+    anchor = title(bug).replace(".", "").replace(" ", "-")
     return f"[{bug.name.split('-', 1)[1]}](#{anchor})"
 
 
@@ -38,20 +38,14 @@ def table(*rows: tuple) -> str:
 
 def by_symptom(bugs: list[Bug]) -> str:
     """Which bugs show a symptom; for those that show none, which check finds them."""
-    loud = [
-        (words, ", ".join(short(bug) for bug in bugs if key in seen(bug)))
-        for key, (words, _) in symptoms.SYMPTOMS.items()
-        if key != "hidden"
-    ]
-    quiet = [
-        (
-            f"[{number}, {check}](README.md#how-to-debug)",
-            ", ".join(
-                short(b) for b in bugs if b.check == check and "hidden" in seen(b)
-            ),
-        )
-        for number, check in enumerate(CHECKS, 1)
-    ]
+    loud, quiet = [], []
+    for key, (words, _) in symptoms.SYMPTOMS.items():
+        found = [short(bug) for bug in bugs if key in seen(bug) and key != "hidden"]
+        loud.append((words, ", ".join(found)))
+    for number, check in enumerate(CHECKS, 1):
+        found = [bug for bug in bugs if bug.check == check and "hidden" in seen(bug)]
+        link = f"[{number}, {check}](README.md#how-to-debug)"
+        quiet.append((link, ", ".join(map(short, found))))
     return (
         table(("What you see", "Bugs"), *filter(all, loud))
         + "\n\n**The curve shows nothing** of the following ones: they end as good as "
@@ -60,12 +54,17 @@ def by_symptom(bugs: list[Bug]) -> str:
     )
 
 
+def hidden(bugs: list[Bug]) -> int:
+    """How many of them the curve does not show."""
+    return sum("hidden" in seen(bug) for bug in bugs)
+
+
 def apart(bug: Bug) -> str:
     """The figures of which no run with the bug comes near a healthy one."""
-    rows, pair = [], (results_of(lesson_of(bug))["bugs"][bug.name], healthy_of(bug))
-    for name, words, form, _ in FACTS[lesson_of(bug)]["figures"]:
-        here, there = ([run[name] for run in runs] for runs in pair)
-        wrong, right = (figure(runs, name, form) for runs in pair)
+    rows, both = [], runs_of(bug)
+    for name, words, form, _ in FACTS[bug.lesson]["figures"]:
+        here, there = ([run[name] for run in runs] for runs in both)
+        wrong, right = (figure(runs, name, form) for runs in both)
         if wrong != right and (min(here) > max(there) or max(here) < min(there)):
             rows.append((words, f"**{wrong}**", right))
     return table(("", "with the bug", "healthy"), *rows[:5]) if rows else ""
@@ -75,10 +74,10 @@ def section(bug: Bug) -> str:
     """One bug: the lines, what was seen, what finds it, who met it."""
     number = CHECKS.index(bug.check) + 1
     settings = ", ".join(f"`{name} = {value}`" for name, value in bug.settings.items())
-    caught = results_of(lesson_of(bug))["caught"].get(bug.name)
+    caught = results_of(bug.lesson)["caught"].get(bug.name)
     test = f", `{caught[0].split('::')[-1]}`" if caught else ""
     parts = [
-        f"### {number_of(bug)} {bug.name}",
+        f"### {title(bug)}",
         bug.why + (f" (Measured with {settings}.)" if settings else ""),
         "```diff\n" + (trouble(bug) or "\n".join(diff(bug))) + "\n```",
         f"![{bug.name}](pictures/{bug.name}.png)",
@@ -101,8 +100,7 @@ def not_as_reported(bugs: list[Bug]) -> str:
 
 def draw(bug: Bug) -> None:
     """Write the curves of a bug, red, beside the healthy band, grey."""
-    healthy = healthy_of(bug)
-    runs = results_of(lesson_of(bug))["bugs"][bug.name]
+    runs, healthy = runs_of(bug)
     figure = Figure(figsize=(3.4, 1.6), layout="constrained")
     axes = figure.subplots()
     grid = np.linspace(0, max(run["x"][-1] for run in healthy + runs), 60)
@@ -142,11 +140,11 @@ def page(lesson: str) -> str:
     for name, words, form, where in FACTS[lesson]["figures"]:
         number, *ends = (figure(healthy, name, form, of) for of in (median, min, max))
         figures.append((words, number, " to ".join(dict.fromkeys(ends)), where))
-    quiet = sum("hidden" in seen(bug) for bug in bugs)
     parts = [
         f"# {FACTS[lesson]['title']}",
-        f"[How to debug](README.md) · {len(bugs)} bugs in `{lesson}`, {quiet} of which "
-        "the learning curve does not show. " + measured(lesson),
+        f"[How to debug](README.md) · {len(bugs)} bugs in `{lesson}`, "
+        f"{hidden(bugs)} of which the learning curve does not show. "
+        + measured(lesson),
         "## What you see, and which bug it may be",
         "Take the row with the fewest bugs among those that you see, then strike every "
         "bug that is missing from your other rows; if none is left, keep those that "
@@ -170,20 +168,18 @@ def page(lesson: str) -> str:
 def overview() -> str:
     """How many bugs each lesson has, and how many its curve does not show."""
     parts = {f"[{x['title']}]({x['page']})": bugs_of(key) for key, x in FACTS.items()}
-    rows = []
-    for name, bugs in (parts | {"all": BUGS}).items():
-        quiet = sum("hidden" in seen(bug) for bug in bugs)
-        rows.append((name, str(len(bugs)), str(quiet)))
+    parts["all"] = BUGS
+    rows = [(name, str(len(x)), str(hidden(x))) for name, x in parts.items()]
     return table(("Page", "Bugs", "Not in the curve"), *rows)
 
 
 def mutations() -> str:
     """What the changes of single operators found."""
-    rows = []
     results = json.loads((HERE / "results" / "mutations.json").read_text())
-    for script, each in results["scripts"].items():
-        share = each["killed"] / each["mutants"]
-        rows.append((f"`{script}`", str(each["mutants"]), f"{share:.1%}"))
+    rows = [
+        (f"`{script}`", str(each["mutants"]), f"{each['killed'] / each['mutants']:.1%}")
+        for script, each in results["scripts"].items()
+    ]
     return table(("Script", "Changes", "Caught"), *rows)
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "benchmarks")]
-import lessons  # noqa: E402
+import lessons  # noqa: E402, F401
 from catalogue import BUGS, GAME, TICTACTOE, Bug  # noqa: E402
 from common import code_hash  # noqa: E402
 from lessons import with_settings  # noqa: E402
 
 FACTS = json.loads((HERE / "lessons.json").read_text())  # of each lesson
 LESSONS = list(FACTS)  # lesson 1 to 4
+DOCSTRING = re.compile("r?(\"{3}|'{3})")
 
 
 class Gone(Exception):
@@ -32,19 +33,8 @@ def files_of(lesson: str) -> list[str]:
     return [lesson, GAME] if lesson == TICTACTOE else [lesson]
 
 
-def scripts_of(lesson: str) -> list[str]:
-    """All scripts of a lesson, also those that show what was trained."""
-    return next(s for s in (x.scripts for x in lessons.LESSONS.values()) if lesson in s)
-
-
-def lesson_of(bug: Bug) -> str:
-    """The script that trains: the bugs of the game are seen in lesson 2."""
-    return TICTACTOE if bug.file == GAME else bug.file
-
-
 def bugs_of(lesson: str) -> list[Bug]:
-    """The bugs of a lesson."""
-    return [bug for bug in BUGS if lesson_of(bug) == lesson]
+    return [bug for bug in BUGS if bug.lesson == lesson]
 
 
 def code_of(lesson: str) -> str:
@@ -55,17 +45,17 @@ def code_of(lesson: str) -> str:
 def planted(bug: Bug) -> str:
     """The text of the bug's script with the bug in it."""
     text = (ROOT / bug.file).read_text()
-    new = with_function(bug, text) if bug.function else with_lines(bug, text)
+    new = (with_function if callable(bug.edits[0][1]) else with_lines)(bug, text)
     if new == text:
         raise Gone(f"{bug.name}: {bug.file} has this bug already, without planting it")
     return new
 
 
-def text_of(file: str, lesson: str, bug: Bug | None, settings: dict) -> str:
-    """A script of a lesson with its Settings, and with the bug if it is there."""
-    here = bug is not None and bug.file == file
+def text_of(file: str, bug: Bug, with_bug: bool, settings: dict) -> str:
+    """A script of the bug's lesson with these Settings, and with the bug or without."""
+    here = with_bug and bug.file == file
     text = planted(bug) if here else (ROOT / file).read_text()
-    return with_settings(text, **settings) if file == lesson else text
+    return with_settings(text, **settings) if file == bug.lesson else text
 
 
 def trouble(bug: Bug) -> str:
@@ -96,26 +86,23 @@ def with_lines(bug: Bug, text: str) -> str:
 def only_code(text: str) -> str:
     """The text with blanks in the place of every comment and docstring."""
     starts = [0, *itertools.accumulate(map(len, text.splitlines(keepends=True)))]
-    code, before = text, tokenize.NEWLINE
+    code = text
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        begins = before in (tokenize.NEWLINE, tokenize.INDENT)
-        if token.type == tokenize.COMMENT or begins and token.type == tokenize.STRING:
+        if token.type == tokenize.COMMENT or DOCSTRING.match(token.string):
             (row, column), (last, end) = token.start, token.end
             a, b = starts[row - 1] + column, starts[last - 1] + end
             code = code[:a] + re.sub(".", " ", code[a:b]) + code[b:]
-        if token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.DEDENT):
-            before = token.type
     return code
 
 
 def with_function(bug: Bug, text: str) -> str:
     """The text with the wrong body; lines and comments that fit are the lesson's."""
-    target = next((x for x in ast.parse(text).body if named(x, bug.function)), None)
-    source = inspect.getsource(bug.wrong)
+    ((name, function),) = bug.edits
+    target, source = functions(text).get(name), inspect.getsource(function)
     wrong = ast.parse(source).body[0]
     if target is None or len(target.args.args) != len(wrong.args.args):
         what = "no longer there" if target is None else "called with other arguments"
-        raise Gone(f"{bug.name}: the function {bug.function} of {bug.file} is {what}")
+        raise Gone(f"{bug.name}: the function {name} of {bug.file} is {what}")
     for there, here in zip(wrong.args.args, target.args.args, strict=True):
         source = re.sub(rf"\b{there.arg}\b", here.arg, source)
     start = target.body[ast.get_docstring(target) is not None].lineno - 1
@@ -134,9 +121,10 @@ def bare(line: str) -> str:
     return re.sub(r"\s*#.*", "", line)
 
 
-def named(node: ast.AST, name: str) -> bool:
-    """Is this the function of that name?"""
-    return isinstance(node, ast.FunctionDef) and node.name == name
+def functions(text: str) -> dict[str, ast.FunctionDef]:
+    """The functions of a script by their names."""
+    nodes = ast.parse(text).body
+    return {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
 def diff(bug: Bug) -> list[str]:

@@ -16,16 +16,17 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from catalogue import BUGS, GRPO, Bug
-from plant import FACTS, LESSONS, ROOT, files_of, lesson_of, scripts_of, text_of
+from catalogue import BUGS, CARTPOLE, GRPO, LANDER, TICTACTOE, Bug
+from plant import FACTS, ROOT, files_of, lessons, text_of
 
 
-def copy_lesson(folder: Path, lesson: str, bug: Bug | None, settings: dict) -> None:
-    """Write the lesson with its bug and Settings, and what it needs, into a folder."""
+def copy_lesson(folder: Path, bug: Bug, with_bug: bool, settings: dict) -> None:
+    """Write the lesson with its Settings, and what it needs, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in scripts_of(lesson):
-        (folder / file).write_text(text_of(file, lesson, bug, settings))
-    for part in ("policy", "reward") if lesson == GRPO else ():
+    scripts = (entry.scripts for entry in lessons.LESSONS.values())
+    for file in next(files for files in scripts if bug.lesson in files):
+        (folder / file).write_text(text_of(file, bug, with_bug, settings))
+    for part in ("policy", "reward") if bug.lesson == GRPO else ():
         models = Path("grpo_tiny", part)
         shutil.copytree(ROOT / models, folder / models, dirs_exist_ok=True)
 
@@ -147,7 +148,8 @@ def read_grpo(module, healthy, saved, rows) -> dict:
     )
 
 
-READERS = [read_cartpole, read_tictactoe, read_lander, read_grpo]
+READERS = {CARTPOLE: read_cartpole, TICTACTOE: read_tictactoe}
+READERS |= {LANDER: read_lander, GRPO: read_grpo}
 
 
 class Tee(io.StringIO):
@@ -168,15 +170,15 @@ def load(folder: Path, lesson: str):
     return module
 
 
-def train(lesson: str, bug: Bug | None, settings: dict) -> dict:
+def train(bug: Bug, with_bug: bool, settings: dict) -> dict:
     """Train with a bug, or without; gives the figures that symptoms.py reads.
 
     Scores of training and the printed table are those that one would see. `greedy` and
     `sampled` are measured by the healthy lesson on what was trained.
     """
     with tempfile.TemporaryDirectory() as folder:
-        copy_lesson(Path(folder), lesson, bug, settings)
-        module = load(Path(folder), lesson)
+        copy_lesson(Path(folder), bug, with_bug, settings)
+        module = load(Path(folder), bug.lesson)
         saves, said = [], Tee()
         signature = inspect.signature(module.save_run)
 
@@ -191,21 +193,21 @@ def train(lesson: str, bug: Bug | None, settings: dict) -> dict:
         lines = said.getvalue().splitlines()
         rows = [{x: number(row[x]) for x in row} for row in rows_of(lines)]
         module.torch.manual_seed(settings["SEED"])  # for a network as it was at first
-        read, healthy = READERS[LESSONS.index(lesson)], load(ROOT, lesson)
-        return {"seed": settings["SEED"]} | read(module, healthy, saves[-1], rows)
+        figures = READERS[bug.lesson](module, load(ROOT, bug.lesson), saves[-1], rows)
+        return {"seed": settings["SEED"]} | figures
 
 
 def settings_of(bug: Bug, seed: int) -> dict:
     """The Settings of a run with a bug, and of the healthy run beside it."""
-    return FACTS[lesson_of(bug)]["settings"] | bug.settings | {"SEED": seed}
+    return FACTS[bug.lesson]["settings"] | bug.settings | {"SEED": seed}
 
 
 class Run:
     """A training run in a process of its own."""
 
-    def __init__(self, bug: Bug, plant_it: bool, seed: int) -> None:
-        words = bug.name, str(plant_it), json.dumps(settings_of(bug, seed))
-        command = [sys.executable, "-u", __file__, *words]
+    def __init__(self, bug: Bug, with_bug: bool, seed: int) -> None:
+        facts = json.dumps([bug.name, with_bug, settings_of(bug, seed)])
+        command = [sys.executable, "-u", __file__, facts]
         env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, env=env, stdout=pipe, text=True)
@@ -226,10 +228,9 @@ class Run:
 
 def main() -> None:
     """What a Run starts."""
-    name, plant_it, settings = sys.argv[1:]
+    name, *others = json.loads(sys.argv[1])
     bug = next(bug for bug in BUGS if bug.name == name)
-    planted = bug if plant_it == "True" else None
-    print(json.dumps(train(lesson_of(bug), planted, json.loads(settings))))
+    print(json.dumps(train(bug, *others)))
 
 
 if __name__ == "__main__":

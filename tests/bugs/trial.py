@@ -67,11 +67,9 @@ class Watch:
         self.seconds, self.failed, self.took = seconds, [], {}
 
     def pytest_collection_modifyitems(self, items: list) -> None:
-        """Sort by what they took last time."""
         items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
 
     def pytest_runtest_setup(self, item) -> None:
-        """Leave out slow ones once there is an answer."""
         if self.failed and self.seconds.get(item.nodeid, 0.0) > SLOW:
             sys.modules["pytest"].skip()
 
