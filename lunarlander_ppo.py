@@ -10,12 +10,14 @@ What you will learn
     solved.
 
 From REINFORCE to PPO
-    REINFORCE (lesson 1, train_cartpole.py) plays a batch of whole episodes, and makes
-    each action more likely or less likely depending on how much better or worse than
-    average the return after it was. Then it throws the batch away after one gradient
-    step. It has to: the gradient is an average over actions that are sampled from the
-    present policy, and after one step the present policy is another one. But playing is
-    the slow part. PPO changes two things.
+    The *policy* is a network that gives each action a probability. The *return* of a
+    step is the sum of its reward and all later ones, in which later rewards count a
+    little less. REINFORCE (lesson 1, train_cartpole.py) plays a batch of whole
+    episodes, and makes each action more likely or less likely depending on how much
+    better or worse than average its return was. Then it throws the batch away after one
+    gradient step. It has to: the gradient is an average over actions that are sampled
+    from the present policy, and after one step the present policy is another one. But
+    playing is the slow part. PPO changes two things.
 
     1. Many gradient steps from one batch. PPO stores the probability that each action
        had when it was taken. In the average, each action then counts with the *ratio*
@@ -29,8 +31,9 @@ From REINFORCE to PPO
        the rest of the return. The episode goes on in the next batch. The critic also
        replaces the baseline of lesson 1: each action is no longer compared with one
        average for all states, but with V(s_t), the return that the critic expected in
-       the state where it was taken. A baseline adds no bias to the gradient as long as
-       it does not depend on the action, and V(s_t) does not.
+       the state where it was taken. Like any baseline that does not depend on the
+       action, it adds no bias to the gradient: what it adds is on average V(s) times
+       sum_a pi(a|s) grad ln pi(a|s) = grad sum_a pi(a|s) = grad 1 = 0.
 
 The algorithm in 5 steps
     1. Make two networks that know nothing: the actor gives a probability for each
@@ -230,9 +233,9 @@ FINAL_RATE = 0.0
 # noisy, but with it the agent does not see the landing from far away.
 GAMMA = 0.995
 
-# From how many real rewards an advantage is made before the critic's prediction takes
-# over. 0: a single one; 1: all up to the end of the episode or of the rollout; a value
-# in between mixes these. With a small value the errors of the critic mislead the actor;
+# How many real rewards go into an advantage before the critic's prediction takes over.
+# 0: a single one; 1: all up to the end of the episode or of the rollout; a value in
+# between mixes these. With a small value the errors of the critic mislead the actor;
 # near 1 the luck of single episodes does. `gae` explains it.
 GAE_LAMBDA = 0.98
 
@@ -246,8 +249,9 @@ ENTROPY_BONUS = 0.003
 
 # Weight of the critic's loss. Actor and critic share no weights, and a constant factor
 # means nothing to Adam, so it hardly changes how fast the critic learns. But with a
-# large weight, the critic's errors use up MAX_GRAD_NORM, the next setting, which
-# shortens the steps of the actor.
+# large weight, it is the critic's errors that decide how far MAX_GRAD_NORM, the next
+# setting, scales the gradient of both down. Then a minibatch in which the critic errs
+# much counts little for the actor.
 VALUE_WEIGHT = 0.5
 
 # The gradient is scaled down when its norm, over both networks, exceeds this (gradient
@@ -343,7 +347,8 @@ def log_probs_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tens
 # ------------------------------------------------------------------------------------
 
 # The worked example of this lesson has T = 3 steps in N = 2 copies, with 2 actions to
-# choose from (`collect` explains the two kinds of end):
+# choose from. An episode can end in two ways: a landing or a crash *terminates* it, and
+# the time limit *truncates* it.
 #
 #     copy 1   s_0 -> s_1 -> its last observation: the time limit truncates the episode
 #              a new episode: s_2 -> the rollout ends here, the episode does not
@@ -536,9 +541,10 @@ def make_batch(agent: ActorCritic, rollout: dict[str, Tensor]) -> dict[str, Tens
     the return was from V(s_t), so the sum is an estimate of the return in which real
     rewards have replaced a part of the prediction. Its name is the *TD(lambda) return*.
 
-    In the worked example it is [2.5, 4, 2] in copy 1. Why 2.5? There are two estimates
-    of the first return. With one real reward it is r_0 + gamma V = 1 + 0.5 * 2 = 2.
-    With two it is 1 + 0.5 * 1 + 0.25 * 6 = 3. The TD(lambda) return is the mean of the
+    In the worked example it is [2.5, 4, 2] in copy 1. Why 2.5? V is 2 in s_1 and 6
+    where the episode was truncated, so there are two estimates of the first return.
+    With one real reward it is r_0 + gamma V = 1 + 0.5 * 2 = 2. With two it is 1 + 0.5 *
+    1 + 0.25 * 6 = 3. The TD(lambda) return is the mean of the
     estimates with the weights 1 - lam, (1 - lam) lam, (1 - lam) lam^2, ..., where the
     last one gets all that is left: here 0.5 and 0.5, which makes 2.5. In copy 2 it is
     [1.5, 2, -1]: nothing follows the crash, so the last return is its reward.
@@ -590,13 +596,17 @@ def clipped_surrogate_loss(
 
         sum_a pi_old(a|s) * rho * A  =  sum_a pi(a|s) * A
 
+    The mean of rho_t * A_t over the batch estimates the left side. The right side says
+    how much better than pi_old the policy pi chooses in the state s. Added up over the
+    states that pi visits in an episode, this would be its gain in return.
+
     The gradient of rho_t is rho_t * grad ln pi(a_t|s_t), since grad x = x grad ln x. In
     the first gradient step of an update, pi = pi_old and rho_t = 1, so the gradient of
     the loss is that of REINFORCE, -mean_t( A_t * grad ln pi(a_t|s_t) ). Only later do
     the two differ.
 
     *Why the clip.* What the ratio cannot correct is that pi would also visit other
-    *states* than those in the batch. So the mean is only a surrogate for the return,
+    *states* than those in the batch. So the mean is only a *surrogate* for that gain,
     and can be trusted only while pi is close to pi_old. The objective of one row, as a
     function of rho:
 
@@ -610,22 +620,22 @@ def clipped_surrogate_loss(
       +-----------+--+------- rho         |                 \
                   1  1.2
 
-    Where it is flat, the row has no gradient. The min takes the smaller one of the two.
-    For A > 0 and rho = 1.5 that is the clipped 1.2 A, a constant: no gradient. For
-    A > 0 and rho = 0.5 it is the unclipped 0.5 A, as 0.8 A is larger: the gradient
-    stays. For A < 0 it is the other way round:
+    Where it is flat, the row has no gradient. The min takes the smaller one of rho * A
+    and clip(rho) * A. For A > 0 and rho = 1.5 that is the clipped 1.2 A, a constant: no
+    gradient. For A > 0 and rho = 0.5 it is the unclipped 0.5 A, as 0.8 A is larger: the
+    gradient stays. For A < 0 it is the other way round:
 
              rho < 0.8   0.8 to 1.2   rho > 1.2
       A > 0  gradient    gradient     none
       A < 0  none        gradient     gradient
 
     "None" stands where the action has already moved far enough in the direction of its
-    advantage. In the other two outer fields it was moved against it, by gradient steps
-    on other rows, and should come back. The clip alone, without the min, would have no
-    gradient there either. All rows share the network's weights, so a step on one
-    changes the probabilities in all. For the same reason the clip does not guarantee
-    that the ratio stays inside: it only stops a row from pushing, and others can still
-    carry its ratio past 1.2. After ten updates about 8 % are outside.
+    advantage. How can it have moved against it, as in the other two outer fields? All
+    rows share the network's weights, so a gradient step on one row changes the
+    probabilities in all. Such an action should come back; the clip alone, without the
+    min, would have no gradient there either. For the same reason the clip does not
+    guarantee that the ratio stays inside: it only stops a row from pushing, and others
+    can still carry its ratio past 1.2. After ten updates about 8 % are outside.
 
     `log_probs` (B,) carry the gradient; `old_log_probs` and `advantages` (B,) do not.
     In the worked example all six actions had probability 0.5 when they were taken. Some
@@ -664,8 +674,7 @@ def ppo_loss(agent: ActorCritic, batch: dict[str, Tensor]) -> Tensor:
     first gradient step, V is still the one in G = V + A, so V - G = -A, with the A of
     `gae`, whose squares have the mean (2.5^2 + 2^2 + 1^2 + 0.5^2 + 2^2 + 2^2) / 6 =
     3.25. The entropy is ln 2. So the loss is 0 + 0.5 * 3.25 - 0.003 * 0.6931 = 1.6229.
-    That the policy's part is 0 says nothing: its gradient is not 0, but that of
-    REINFORCE.
+    That the policy's part is 0 says nothing, since its gradient is not 0.
     """
     logits = agent.actor(batch["observations"])
     log_probs, entropies = log_probs_and_entropy(logits, batch["actions"])
