@@ -305,23 +305,25 @@ def play_episodes(
 # The environment has dropped out. This is why we need not know how a pole moves: it is
 # enough to play. Now the episode takes the place of the action above, P the place of
 # pi, and R the place of G(a): J = sum P R over all episodes, and as above
-# grad J = sum P [ R grad ln P ] = E[ R grad ln P ], which with the last equation is
+# grad J = sum P [ R grad ln P ]. A sum with the weights P is the mean over the episodes
+# that the policy plays; E[ ] stands for it. With the last equation,
 #
 #     grad J = E[ R sum_t grad ln pi(a_t|s_t) ] = E[ sum_t R grad ln pi(a_t|s_t) ]   (1)
 #
-# E[ ] is the mean over the episodes that the policy plays. A batch of N episodes gives
-# an estimate of it.
+# A batch of N episodes gives an estimate of this mean.
 #
 # A BASELINE is a number b that is subtracted from R in term t of (1). It may differ
-# from step to step, but it must be known before a_t is sampled. Then it does not change
-# grad J. To see this, hold everything that happened before a_t fixed. In the mean over
-# the actions, what is subtracted is
+# from step to step, but it must not depend on a_t: it may be known before a_t is
+# sampled, or come from other episodes, on which a_t has no influence. Then it does not
+# change grad J. To see this, hold b and everything that happened before a_t fixed. In
+# the mean over the actions, what is subtracted is
 #
 #     sum_a pi(a|s_t) [ b grad ln pi(a|s_t) ] = b sum_a grad pi(a|s_t) = b grad 1 = 0,
 #
 # because b is the same number whichever action is sampled, so that it can be moved in
 # front of the sum, and because the probabilities of all actions add up to 1, whatever
-# the weights are. As this holds for every past, it holds in the mean over all episodes.
+# the weights are. As this holds for every past and every such b, it holds in the mean
+# over all episodes.
 # We use it twice.
 #
 # First, the rewards from before step t are such a number: they have been received when
@@ -329,9 +331,9 @@ def play_episodes(
 #
 #     grad J = E[ sum_t G_t grad ln pi(a_t|s_t) ]                                    (2)
 #
-# Secondly, we subtract the mean of all returns of the batch. It is known only when the
-# batch has been played, so it is not quite a baseline; `subtract_mean` says why the
-# error is small. It makes the estimate much less noisy. Suppose that all returns are
+# Secondly, we subtract the mean of all returns of the batch. A small part of it, the
+# returns of the same episode, depends on a_t, so it is not quite a baseline;
+# `subtract_mean` says why the error is small. It makes the estimate much less noisy. Suppose that all returns are
 # near 100. Then without a baseline, every action that was taken is pushed up with a
 # force of about 100, whether it was good or bad, and only in the mean over many
 # episodes do these pushes cancel. With b = 100, the good actions are pushed up a
@@ -356,8 +358,8 @@ def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
     says only how long the pole stayed up after step t. A single return proves little:
     an early step of a long episode has a large one even if its push was bad. But over
     many episodes, in similar states, the better push is followed by larger returns than
-    the worse one. The part that both returns have in common acts like a
-    baseline and cancels; the difference is what is learned.
+    the worse one. What the returns after the better and after the worse push have in
+    common acts like a baseline and cancels; the difference is what is learned.
 
     The limit of 500 steps distorts the returns: the pole would have stayed up, but no
     reward is counted any more, so that the last 100 steps or so of a perfect episode
@@ -388,12 +390,12 @@ def subtract_mean(returns: Tensor) -> Tensor:
     The mean is the baseline b. With it, a step after which the pole stayed up for long
     has a positive advantage, and the last steps before a fall have negative ones.
 
-    The mean of the batch is not quite a baseline in the sense above: it contains G_t
-    itself and the other returns of the same episode, which depend on a_t as well. They
-    are about one Nth of all the numbers that are averaged. So about one Nth of what is
-    subtracted is no baseline, and the gradient that we get on average is wrong by about
-    one part in N. With N = 1 that is much: an episode is then compared with itself
-    only. It still learns, because the steps before a fall are compared with the earlier
+    The returns of the other episodes in the batch are a proper baseline. But the mean
+    also contains G_t itself and the other returns of the same episode, which depend on
+    a_t as well. They are about one Nth of all the numbers that are averaged. So about
+    one Nth of what is subtracted is no baseline but moves with the return, which takes
+    about one part in N away from the gradient that we get on average. With N = 1 that
+    is much: an episode is then compared with itself only. It still learns, because the steps before a fall are compared with the earlier
     ones of the same episode.
 
     `returns` is (B,) float32: the real steps of a batch, without padding. Returns (B,).
@@ -410,11 +412,12 @@ def subtract_mean(returns: Tensor) -> Tensor:
 
 
 def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
-    """The loss whose gradient is minus our estimate of (2), up to a factor.
+    """The loss whose gradient is minus our estimate of grad J, up to a factor.
 
     loss = -mean_t( A_t * ln pi(a_t|s_t) ),   mean_t over the B steps of the batch
 
-    Here (2) has the discounted G_t, minus the mean of the batch. The minus in front is
+    We estimate grad J = E[ sum_t G_t grad ln pi(a_t|s_t) ], equation (2), with A_t in
+    the place of G_t: discounted, and minus the mean of the batch. The minus in front is
     there because PyTorch's optimizers go downhill, and we want to go uphill. A_t was
     computed from rewards, so it is a plain number, through which no gradient flows.
     Sutton & Barto have this step, for gamma = 1, as eq. (13.11):
@@ -445,7 +448,8 @@ def reinforce_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
     is 0, because the advantages add up to 0 (its gradient is not 0). If the second
     action, with the advantage 0.4, has the probability 0.8 instead, then, since the
     advantages of the other four add up to -0.4, the loss is
-    -(0.4 ln 0.8 + (-0.4) ln 0.5) / 5 = -0.0376, which is lower.
+    -(0.4 ln 0.8 + (-0.4) ln 0.5) / 5 = -0.0376. So within one batch, a lower loss is
+    better; only losses of different batches cannot be compared.
     """
     return -(log_probs * advantages).mean()
 
