@@ -333,11 +333,11 @@ def play_episodes(
 #
 # Secondly, we subtract the mean of all returns of the batch. A small part of it, the
 # returns of the same episode, depends on a_t, so it is not quite a baseline;
-# `subtract_mean` says why the error is small. It makes the estimate much less noisy. Suppose that all returns are
-# near 100. Then without a baseline, every action that was taken is pushed up with a
-# force of about 100, whether it was good or bad, and only in the mean over many
-# episodes do these pushes cancel. With b = 100, the good actions are pushed up a
-# little, and the bad ones down.
+# `subtract_mean` says why the error is small. It makes the estimate much less noisy.
+# Suppose that all returns are near 100. Then without a baseline, every action that was
+# taken is pushed up with a force of about 100, whether it was good or bad, and only in
+# the mean over many episodes do these pushes cancel. With b = 100, the good actions are
+# pushed up a little, and the bad ones down.
 #
 # In the code, G_t is discounted. That is no longer exactly (2), but it is less noisy:
 # see GAMMA and `reinforce_loss`.
@@ -395,8 +395,8 @@ def subtract_mean(returns: Tensor) -> Tensor:
     a_t as well. They are about one Nth of all the numbers that are averaged. So about
     one Nth of what is subtracted is no baseline but moves with the return, which takes
     about one part in N away from the gradient that we get on average. With N = 1 that
-    is much: an episode is then compared with itself only. It still learns, because the steps before a fall are compared with the earlier
-    ones of the same episode.
+    is much: an episode is then compared with itself only. It still learns, because the
+    steps before a fall are compared with the earlier ones of the same episode.
 
     `returns` is (B,) float32: the real steps of a batch, without padding. Returns (B,).
     The example: without the padding and row by row, the returns are 1.5, 1.75, 1, 1.5,
