@@ -23,9 +23,10 @@ The algorithm in 5 steps
     Two settings add to this, and by default neither acts. With INNER_STEPS above 1,
     steps 4 and 5 are repeated with the same responses. The policy is then no longer the
     one that wrote them. The ratio rho of a token's probability now to that when it was
-    sampled (1 at first) corrects for this, and a clip stops making a token more likely,
-    or less, once its rho is more than CLIP_EPS above 1, or below. With KL_COEF above 0,
-    a penalty holds the policy near the model that it was at the start.
+    sampled (1 at first) corrects for this. And a clip limits the push: a token that is
+    being made more likely is pushed no further once its rho is above 1 + CLIP_EPS, and
+    one that is being made less likely, once its rho is below 1 - CLIP_EPS. With KL_COEF
+    above 0, a penalty holds the policy near the model that it was at the start.
 
 Symbols (G responses, L tokens in the longest response, P in the prompt)
     q           prompt_ids      (G, P)  the prompt, repeated for each response
@@ -53,9 +54,11 @@ One group goes through all the equations below
       2  no <end>          [2, 0, 0]    [1, 1, 0]     0       -0.5
       3  no no <end>       [2, 2, 0]    [1, 1, 1]     0       -0.5
       4  no no no          [2, 2, 2]    [1, 1, 1]     0       -0.5
-    The policy that sampled them gave the first token the probabilities
-    [0.2, 0.4, 0.4]. A gradient step has changed these to [0.2, 0.6, 0.2] and, to keep
-    it simple, no others. The reference policy is the one that sampled.
+    An advantage is the reward minus the mean of the group, 0.5, divided by its standard
+    deviation, 1 (`group_advantages` computes both). The policy that sampled them gave
+    the first token the probabilities [0.2, 0.4, 0.4]. A gradient step has changed these
+    to [0.2, 0.6, 0.2] and, to keep it simple, no others. The reference policy is the
+    one that sampled.
 
 Run it, and what you should see (the manual is in README.md)
     python grpo_training.py
@@ -369,9 +372,9 @@ def group_advantages(rewards: Tensor, scale_by_std: bool = True) -> Tensor:
     The mean of the group is not quite such a number b, since it contains r_i itself:
     r_i - mean(r) = (1 - 1/G) r_i - (the sum of the other rewards) / G. The second part
     does not depend on response i, so it is a baseline; the first makes the mean
-    gradient 1 - 1/G times as long, and leaves its direction. (RLOO, arXiv 2402.14740,
-    subtracts the mean of the other responses, which is exactly a baseline. The std
-    contains r_i, too, so once we divide by it, the factor is no longer exact.)
+    gradient 1 - 1/G times as long, and leaves its direction. Once we divide by the std,
+    which contains r_i, too, this holds only approximately. (RLOO, arXiv 2402.14740,
+    subtracts the mean of the other responses, which is exactly a baseline.)
 
     If all rewards are equal, rounding can leave advantages that are not quite 0. AdamW
     divides a gradient by its recent size, so even these could move the weights by LR.
@@ -448,9 +451,10 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     more likely where pi is below pi_ref, and less likely where it is above.
 
     The mean of k3 is KL(pi || pi_ref), but backward() sees only k3, and not that pi has
-    also chosen the tokens over which the mean is taken. So the mean of this gradient is
-    not the gradient of that mean. It is -sum_v pi_ref(v) grad ln pi(v), the gradient of
-    KL(pi_ref || pi), with the roles swapped. Both are 0 only where pi is pi_ref.
+    also chosen the tokens over which the mean is taken. So the mean of the gradient of
+    k3 is not the gradient of KL(pi || pi_ref). It is -sum_v pi_ref(v) grad ln pi(v),
+    the gradient of KL(pi_ref || pi), with the roles swapped. The two divergences are 0
+    only where pi is pi_ref.
 
     Both (G, L); gives (G, L).
     By hand: "yes" has pi 0.6 and pi_ref 0.4 -> 2/3 - ln(2/3) - 1 = 0.0721; "no" has 0.2
@@ -481,10 +485,10 @@ def grpo_loss(
 
     The ratio. Where the simplest loss of step 3 has ln pi, this one has rho. As pi_old
     is a constant, grad rho = rho grad ln pi. In the first inner step, pi is pi_old and
-    every rho is 1, so that both have the same gradient: that of
-    -mean_i( A_i mean_t ln pi ), the policy gradient of step 3 with a mean over the
-    tokens in place of their sum (see below). Only the value differs: it is
-    -mean(A) = 0 (plus beta k3), and says nothing.
+    every rho is 1, so the gradient of this loss is that of
+    -mean_i( A_i mean_t ln pi ): the simplest loss of step 3, with A_i in the place of
+    r_i, and a mean over the tokens in the place of their sum (see below). Its value is
+    then -mean(A) = 0 (plus beta k3), whatever the policy does, and says nothing.
 
     From the second inner step on, pi differs from the pi_old that sampled the
     responses, and rho corrects for this. The exact correction is to weight each text
@@ -528,9 +532,10 @@ def grpo_loss(
     -> loss = -(1.65 - 0.45 - 2 * 0.4667) / 4 = -0.0667. Before the gradient step, it
     was 0. Each first token has been pushed far enough and has no gradient now.
     """
-    # At padding, the exp below may be infinite, and infinity times a mask of 0 is nan.
-    # So masked_fill, and twice: here so that the padding gets no gradient, and below so
-    # that it adds no value.
+    # At padding, the exp below may be infinite, and infinity times 0 is nan. So there
+    # is no product with the mask, but a masked_fill, and there are two: the one below,
+    # so that padding adds no value; and this one, since backward() would multiply the 0
+    # that comes back from there with the infinite exp.
     log_probs = log_probs.masked_fill(mask == 0, 0.0)
     ratio = (log_probs - old_log_probs).exp()  # has a gradient even where it is 1
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
