@@ -71,7 +71,7 @@ Run it, and what you should see
     Against random moves, each of the ten wins exactly 98.96 % of the games in which it
     moves first and 91.64 % of the others. The most that a player can win without ever
     taking the risk of a loss is 99.48 % and 91.64 % (tictactoe_eval.py computes these
-    bounds). It was trained against another opponent, so it need not reach them.
+    bounds). The agent was trained against another opponent, so it need not reach them.
 
 Try this (medians of seeds 0 to 2)
     | Change                   | What happens                                          |
@@ -362,7 +362,7 @@ def play_games(
         # The reward is that of the side that moved; the other side gets minus this.
         rewards = torch.from_numpy(rewards).float()
         results += torch.where(learner_turn, rewards, -rewards)  # 0 on an ended board
-        alive = torch.from_numpy(~terminated)
+        alive = torch.from_numpy(~terminated)  # a finished board stays terminated
     # From T tuples of four tensors (N, ...) to four tensors (T, N, ...).
     observations, masks, actions, learner_moved = map(
         torch.stack, zip(*steps, strict=True)
@@ -394,22 +394,26 @@ def play_games(
 #     grad J = sum over all games of  P(game) G(game) grad ln P(game)
 #            = E[ sum_t G grad ln pi(a_t|s_t) ]                                      (1)
 #
-# where E[ ] is the mean over games that are played. So grad J can be estimated by
-# playing, without knowing how the opponent chooses its moves. G is the result of the
-# game, the same for all its moves: nothing is paid before the end, so the rewards that
-# follow a move add up to the result. (The discount gamma of lesson 1 is 1 here: the
-# game is short, and a win counts in full however late it comes.)
+# where E[ ] is the mean over games that are played. This grad J is called the *policy
+# gradient*. It can be estimated by playing, without knowing how the opponent chooses
+# its moves. G is the result of the game, the same for all its moves: the only reward is
+# paid at the end, so the rewards that follow a move add up to the result. (Many tasks
+# let later rewards count less, by a factor gamma for each step, as lesson 1 does. Here
+# gamma is 1: the game is short, and a win counts in full however late it comes.)
 #
 # In (1), all moves of a game that was won are pushed up, the bad ones too. The mean
-# over many games corrects this, but slowly. It helps to subtract what was to be
-# expected in s_t anyway, a number b(s_t) that does not depend on the move. For example,
-# in a position that is nearly won, each move that happens to be sampled is pushed up by
-# almost +1, whether it is the best one or not. Which moves these are is chance, and
-# this chance is noise. If 0.95 is subtracted, such a move is pushed by 0.05 only, and
-# what is left tells the moves apart. And it leaves grad J as it is. To see this, look
-# at all games that come to a position s. There the move a is sampled with the
-# probability pi(a|s), when s is known already, so b(s) is the same number for each a.
-# On average over these moves, b(s) adds to the sum in (1)
+# over many games corrects this, but slowly. It helps to subtract a *baseline*: a number
+# b(s_t), for what was to be expected in s_t anyway, that does not depend on the move.
+# For example, nearly every game from a position that is as good as won is won, so
+# nearly every move that happens to be sampled there is pushed up by 1, whether it is
+# the best one or not. Which moves these are is chance, and this chance is noise. With
+# b = 0.95, such a move is pushed up by 0.05 only, and a move after which the game is
+# drawn is pushed down by 0.95: what is left tells the moves apart.
+#
+# A baseline leaves grad J as it is. To see this, look at all games that come to a
+# position s. There the move a is sampled with the probability pi(a|s), when s is known
+# already, so b(s) is the same number for each a. On average over these moves, what is
+# subtracted from the sum in (1) is
 #
 #     sum_a pi(a|s) b(s) grad ln pi(a|s) = b(s) sum_a grad pi(a|s) = b(s) grad 1 = 0,
 #
@@ -424,8 +428,8 @@ def subtract_values(returns: Tensor, values: Tensor) -> Tensor:
 
     A_t = G_t - V(s_t)
 
-    To win a position that is as good as won is no merit: with G = 1 and V = 0.95, the
-    advantage is 0.05. To draw a lost one is: with G = 0 and V = -0.9, it is 0.9.
+    To win a position that is as good as won is no merit. But to draw a lost one is:
+    with G = 0 and V = -0.9, the advantage is 0.9.
 
     V may be wrong: by the argument above, grad J stays what it is with any V. A good V
     only makes the estimate of it less noisy.
@@ -470,10 +474,10 @@ def actor_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 
     The value of this loss says nothing about how well the actor plays, only its
     gradient counts. Soon the critic is right on average: in each position, the mean of
-    A over the sampled moves is about 0. Then the loss only measures how A and ln pi
-    vary together, which is little, because a move with a clearly negative A soon
-    becomes rare. Mostly the loss is slightly below 0: moves with A < 0 tend to be the
-    unlikely ones, so the mean of A ln pi is slightly above 0.
+    A over the sampled moves is about 0. If A had nothing to do with how likely a move
+    is, the mean of A ln pi would then be 0 as well. But moves with A < 0 tend to be the
+    unlikely ones, whose ln pi is far below 0. Their products A ln pi are positive, so
+    the loss is mostly below 0; only slightly, because such moves are rare.
 
     `log_probs` is (B,), those of the moves that were made, with gradient; `advantages`
     is (B,). Returns a scalar.
@@ -494,14 +498,15 @@ def entropy_bonus(entropies: Tensor, beta: float) -> Tensor:
     even if it only had bad luck in the first games. The bonus keeps every move
     possible.
 
-    But the bonus also changes which policy is the best. With a constant beta, the best
-    one for result and bonus together plays a move with a probability proportional to
-    exp(q / beta), where q is the mean result of the move. (The derivative of sum_a pi_a
-    q_a + beta H with respect to pi_a is q_a - beta ln pi_a - beta. At the maximum it is
-    the same for all moves, or moving a little probability from one to another would
-    gain something. So ln pi_a is q_a / beta plus a constant.) For two moves with q = 1
-    and q = 0.9, and beta = 0.25, that is 60 and 40 %. Therefore the bonus has to
-    shrink.
+    But the bonus also changes which policy is the best. Take a single position, where
+    q_a is the mean result after the move a, and pi_a its probability. Result and bonus
+    together are worth sum_a pi_a q_a + beta H. The derivative of this with respect to
+    pi_a is q_a - beta ln pi_a - beta. At the maximum it is the same for all moves, or
+    moving a little probability from one to another would gain something. So ln pi_a is
+    q_a / beta plus a constant, which means that pi_a is proportional to
+    exp(q_a / beta). For two moves with q = 1 and q = 0.9, and beta = 0.25, that is 60
+    and 40 %: as long as beta stays as it is, the second-best move is played very often.
+    Therefore the bonus has to shrink.
 
     `entropies` is (B,), with gradient; `beta` is what one nat is worth. Returns a
     scalar. (An illegal move has 0 ln 0 in its sum, which counts as 0; PyTorch's
@@ -539,9 +544,9 @@ def share_left(updates_done: int) -> float:
     share = max(1 - updates_done / NUM_UPDATES, LAST_SHARE)
 
     `entropy_bonus` says why the bonus shrinks. Why does the learning rate? The results
-    of 512 games are partly luck. Adam moves each weight by about the learning rate,
-    however small the gradient is, so with a constant rate, luck would keep all weights
-    moving for ever.
+    of 512 games are partly luck. The size of Adam's steps does not shrink with the
+    gradient, so with a constant learning rate, luck would keep all weights moving for
+    ever.
 
     By hand: after 200 of 800 updates, 0.75 is left.
     """
