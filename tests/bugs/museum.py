@@ -196,13 +196,14 @@ def found_by(bug: Bug) -> str:
 # ------------------------------------------------------------------------------------
 
 
-def remember(bug: Bug, hints: int) -> None:
+def remember(bug: Bug, hints: int, drawn: list[str]) -> None:
     """Write down which bug was drawn, so that no glance at the folder tells it."""
-    (EXERCISE / ".bug").write_bytes(base64.b64encode(f"{bug.name} {hints}".encode()))
+    text = " ".join([bug.name, str(hints), *drawn])
+    (EXERCISE / ".bug").write_bytes(base64.b64encode(text.encode()))
 
 
 def remembered() -> list[str]:
-    """The name of the bug that was drawn, or "", and how many hints were given."""
+    """The bug that was drawn, or "", the hints that were given, and earlier bugs."""
     path = EXERCISE / ".bug"
     text = base64.b64decode(path.read_bytes()).decode() if path.exists() else " 0"
     return text.split(" ")
@@ -210,7 +211,7 @@ def remembered() -> list[str]:
 
 def the_exercise() -> tuple[Bug, int, str, str]:
     """The bug that was drawn, the hints, and its script with the bug and without."""
-    name, hints = remembered()
+    name, hints, *_ = remembered()
     if not name:
         sys.exit(f"There is no exercise yet: {ME} exercise")
     bug = find(name)
@@ -219,23 +220,28 @@ def the_exercise() -> tuple[Bug, int, str, str]:
 
 
 def exercise(level: str = "") -> None:
-    """Write a lesson with a bug drawn at random, another one than last time."""
+    """Write a lesson with a bug drawn at random, a new one as long as there are any."""
     if level not in ("", "1", "2", "3", "4", "hard"):
         sys.exit(f"exercise, exercise 1 to 4, or exercise hard; not exercise {level}")
     bugs = bugs_of(LESSONS[int(level) - 1]) if level.isdigit() else BUGS
 
     def fits(bug: Bug) -> bool:
         wanted = {"hidden"} if level == "hard" else {*symptoms.SYMPTOMS} - {"hidden"}
-        another = bug.name != remembered()[0]
-        return another and bool(wanted.intersection(seen(bug))) and not trouble(bug)
+        return bool(wanted.intersection(seen(bug))) and not trouble(bug)
 
-    bug = next(filter(fits, random.sample(bugs, len(bugs))))
+    last, _, *drawn = remembered()
+    drawn.append(last)
+    others = [bug for bug in bugs if fits(bug) and bug.name != last]
+    bug = random.choice([bug for bug in others if bug.name not in drawn] or others)
     shutil.rmtree(EXERCISE, ignore_errors=True)
     lesson, folder = bug.lesson, os.path.relpath(EXERCISE)
     runs.copy_lesson(EXERCISE, bug, True, runs.settings_of(bug, EXERCISE_SEED))
-    remember(bug, 0)
+    remember(bug, 0, drawn)
     beside = " (or the game beside it)" if lesson == TICTACTOE else ""
-    meant = "".join(f" ({k} = {v} is meant so.)" for k, v in bug.settings.items())
+    meant = "".join(
+        f"\n{name} = {value} is meant so: the healthy figures have a column for it."
+        for name, value in bug.settings.items()
+    )
     look = f"""\
 Compare what it prints with the healthy figures of tests/bugs/{FACTS[lesson]["page"]},
 look up there what differs, and find the lines. The run is as long as those on that
@@ -249,7 +255,7 @@ lines that a check is about, and try it on them."""
 Run it, {FACTS[lesson]["lasts"]} or more:  python {folder}/{lesson}
 {look}
 Stuck: {ME} hint
-Fixed it, or given up: {ME} solution""")
+Fixed it: {ME} solution      Given up: {ME} solution show""")
 
 
 def exercise_text(bug: Bug, file: str, with_bug: bool) -> str:
@@ -284,7 +290,7 @@ def hint() -> None:
     if number == 0:
         for said in map(symptoms.words, seen(bug)):
             print(f"Hint 1, seen in three other runs: {said}.")
-        print(f"Hint 1: {found_by(bug)}.")
+        print(f"It is {found_by(bug)}.")
     elif number == 1:
         line = code_lines(right)[places[0][0]][1]
         before = "\n".join(right.splitlines()[:line])
@@ -295,25 +301,22 @@ def hint() -> None:
         print(f"Hint 3: look at {bug.file}, {where} (as it was written).")
     else:
         sys.exit(f"There is no other hint. To see the bug: {ME} solution show")
-    remember(bug, number + 1)
+    remember(bug, number + 1, remembered()[2:])
 
 
 def solution(word: str = "") -> None:
-    """Has the learner found it? If nothing was changed, or for `show`: the bug."""
+    """Has the learner found it? With `show`: what was it?"""
     if word not in ("", "show"):
         sys.exit(f"solution, or solution show; not solution {word}")
     bug, _, wrong, right = the_exercise()
+    if word == "show":
+        return tell(bug)
     mine = {file: (EXERCISE / file).read_text() for file in files_of(bug.lesson)}
     for file, text in mine.items():
         try:
             compile(text, file, "exec")
         except SyntaxError as problem:
             sys.exit(f"Not yet: line {problem.lineno} of {file} is not valid Python.")
-    unchanged = code_hash(mine[bug.file]) == code_hash(wrong)
-    if unchanged:
-        print("You have not changed the line yet. This is the bug:")
-    if unchanged or word == "show":
-        return tell(bug)
     bug_places, left, more = changes(right, wrong), [], []
     for file, text in mine.items():
         healthy = exercise_text(bug, file, False)
@@ -322,15 +325,13 @@ def solution(word: str = "") -> None:
             near = any(a <= last and first <= b for first, last, _ in bug_places)
             (left if near and file == bug.file else more).append(f"{where} of {file}")
     found, tests = not left, results_of(bug.lesson)["caught"].get(bug.name)
-    if left and tests:
+    changed = code_hash(mine[bug.file]) != code_hash(wrong)
+    if left and tests and changed:
         print("Not word for word as in the lesson: its tests will tell ...", flush=True)
         found = trial.passes(mine, tests)
-    other_words = ", in other words than ours" if left else ""
-    # Whoever has not changed the line of the bug is not told which line it is.
-    places, tried = changes(wrong, right), changes(wrong, mine[bug.file])
-    near = any(a <= d and c <= b for a, b, _ in places for c, d, _ in tried)
-    where = f"look once more at {'; '.join(left)}" if near else "the bug is still there"
-    print(f"You found it{other_words}." if found else f"Not yet: {where}.")
+    verdict = "You found it, in other words than ours." if left else "You found it."
+    # The place is not told: whoever wants to know it asks for a hint.
+    print(verdict if found else "Not yet: the bug is still there.")
     for where in more:
         print(f"Also changed, and no part of the bug: {where}")
     if not found:

@@ -135,11 +135,16 @@ def measured(lesson: str) -> str:
 def page(lesson: str) -> str:
     """The page of a lesson."""
     bugs = bugs_of(lesson)
-    healthy = results_of(lesson)["healthy"][""]
-    figures = []
+    groups = results_of(lesson)["healthy"]
+    healthy, figures = groups[""], []
     for name, words, form, where in FACTS[lesson]["figures"]:
-        number, *ends = (figure(healthy, name, form, of) for of in (median, min, max))
-        figures.append((words, number, " to ".join(dict.fromkeys(ends)), where))
+        number = figure(healthy, name, form)
+        ranges = []
+        for group in groups.values():
+            ends = [figure(group, name, form, of) for of in (min, max)]
+            ranges.append(" to ".join(dict.fromkeys(ends)))
+        figures.append((words, number, *ranges, where))
+    settings = [f"`{name}`" for name in groups if name]
     parts = [
         f"# {FACTS[lesson]['title']}",
         f"[How to debug](README.md) · {len(bugs)} bugs in `{lesson}`, "
@@ -155,7 +160,7 @@ def page(lesson: str) -> str:
         f"Of three runs, seeds 0 to 2 ({FACTS[lesson]['about']}). In the pictures, "
         "grey is the range of the healthy runs, red the three with the bug. Untrained, "
         f"the agent scores {figure(healthy, 'start', '.1f')}.",
-        table(("Figure", "Median", "Seeds", "Where"), *figures),
+        table(("Figure", "Median", "Seeds", *settings, "Where"), *figures),
         "## The bugs",
         "Lines with - are those of the lesson, with + those of the bug. Only figures "
         "that no healthy run comes near are told, five at most.",

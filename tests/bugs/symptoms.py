@@ -112,7 +112,7 @@ SYMPTOMS: dict[str, tuple[str, Callable]] = {
     ),
     "entropy 0": ("Entropy falls far too soon", far("entropy early", 0.5)),
     "entropy high": (
-        "Entropy is far too high from the first step",
+        "Entropy is far too high from the first step: 1.5 times the usual, or more",
         far("entropy first", 0, 1.5),
     ),
     "entropy slow": (
@@ -134,7 +134,10 @@ SYMPTOMS: dict[str, tuple[str, Callable]] = {
         far("lines lost", 0, 1),
     ),
     "one seat": ("It plays worse from one seat only", one_seat),
-    "never ends": ("Responses do not learn to end", far("cut off", 0, 2.5)),
+    "never ends": (
+        "Responses do not learn to end: 2.5 times as many as usual are cut off",
+        far("cut off", 0, 2.5),
+    ),
     "shorter": ("Episodes are shorter than usual", far("length", 0.8)),
     "first loss": ("The loss of the first step is not 0", far("first loss", 0, 2)),
     "gradient": (
