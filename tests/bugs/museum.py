@@ -255,7 +255,8 @@ lines that a check is about, and try it on them."""
 Run it, {FACTS[lesson]["lasts"]} or more:  python {folder}/{lesson}
 {look}
 Stuck: {ME} hint
-Fixed it: {ME} solution      Given up: {ME} solution show""")
+Fixed it: {ME} solution
+Given up: {ME} solution show""")
 
 
 def exercise_text(bug: Bug, file: str, with_bug: bool) -> str:
