@@ -63,7 +63,7 @@ One group goes through all the equations below
 Run it, and what you should see (the manual is in README.md)
     python grpo_training.py
     This downloads 2.3 GB of models from the Hugging Face Hub. After that, a step takes
-    about 17 seconds on one core of a CPU, so that 50 steps take a quarter of an hour.
+    about 20 seconds on one core of a CPU, so that 50 steps take 17 minutes.
     The two small models in grpo_tiny/ need no download, and take half a minute:
     uncomment the line below REWARD_MODEL_NAME to train them. (They are also used when
     the Hub cannot be reached, if both names are the default ones.) With them, the seed
