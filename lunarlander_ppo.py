@@ -544,10 +544,10 @@ def make_batch(agent: ActorCritic, rollout: dict[str, Tensor]) -> dict[str, Tens
     In the worked example it is [2.5, 4, 2] in copy 1. Why 2.5? V is 2 in s_1 and 6
     where the episode was truncated, so there are two estimates of the first return.
     With one real reward it is r_0 + gamma V = 1 + 0.5 * 2 = 2. With two it is 1 + 0.5 *
-    1 + 0.25 * 6 = 3. The TD(lambda) return is the mean of the
-    estimates with the weights 1 - lam, (1 - lam) lam, (1 - lam) lam^2, ..., where the
-    last one gets all that is left: here 0.5 and 0.5, which makes 2.5. In copy 2 it is
-    [1.5, 2, -1]: nothing follows the crash, so the last return is its reward.
+    1 + 0.25 * 6 = 3. The TD(lambda) return is the mean of the estimates with the
+    weights 1 - lam, (1 - lam) lam, (1 - lam) lam^2, ..., where the last one gets all
+    that is left: here 0.5 and 0.5, which makes 2.5. In copy 2 it is [1.5, 2, -1]:
+    nothing follows the crash, so the last return is its reward.
 
     The target contains the critic's own predictions. It is computed once for each
     rollout and then stays fixed, and no gradient flows into it.

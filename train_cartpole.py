@@ -323,8 +323,7 @@ def play_episodes(
 # because b is the same number whichever action is sampled, so that it can be moved in
 # front of the sum, and because the probabilities of all actions add up to 1, whatever
 # the weights are. As this holds for every past and every such b, it holds in the mean
-# over all episodes.
-# We use it twice.
+# over all episodes. We use it twice.
 #
 # First, the rewards from before step t are such a number: they have been received when
 # a_t is sampled. If we subtract them from R, the return G_t from step t on is left:

@@ -13,7 +13,7 @@ from unittest import mock
 
 import gymnasium as gym
 import numpy as np
-import pexpect  # it comes with ipykernel
+import pexpect
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env, data_equivalence
